@@ -1,0 +1,3 @@
+"""Fathom: a production recommender on jointly trained Wide & Deep models."""
+
+__version__ = "0.1.0"

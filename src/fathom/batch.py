@@ -1,0 +1,187 @@
+"""Encoded examples: what the encoder makes and the models take.
+
+Legend: N examples, F single-valued deep fields, G multi-valued deep fields, M numeric inputs,
+S single-valued wide slots, T multi-valued wide slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A list of values per row: row ``i`` holds ``values[offsets[i]:offsets[i + 1]]``.
+
+    ``values`` (any length) and ``offsets`` (N + 1, int64, from 0).
+    """
+
+    values: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.values):
+            raise ValueError(
+                f"offsets must run from 0 to {len(self.values)}, the number of values; "
+                f"they are {self.offsets[:1]} … {self.offsets[-1:]}"
+            )
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Any]], dtype: Any = object) -> Ragged:
+        """From lists.
+
+        >>> Ragged.of([["a", "b"], []]).offsets.tolist()
+        [0, 2, 2]
+        """
+        lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        values = np.empty(int(lengths.sum()), dtype)
+        values[:] = [value for row in rows for value in row]
+        return cls(values, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of values in each row, shape (N,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The row of each value, shape of ``values``."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, index: NDArray[np.integer[Any]]) -> Ragged:
+        """The rows at ``index``, in that order."""
+        lengths = self.lengths[index]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        shift = np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N encoded examples; a model's whole input.
+
+    Args:
+        numeric: (N, M) float32.
+        deep_ids: (N, F) int32, rows of the field's embedding table.
+        deep_bags: G ragged int32 fields.
+        wide_ids: (N, S) int32, rows of the one wide table.
+        wide_bags: T ragged int32 slots, rows of the wide table.
+        label: (N,) float32, or None when it is not known.
+        weight: (N,) float32, or None for equal weights.
+    """
+
+    numeric: NDArray[np.float32]
+    deep_ids: IntArray
+    deep_bags: tuple[Ragged, ...]
+    wide_ids: IntArray
+    wide_bags: tuple[Ragged, ...]
+    label: NDArray[np.float32] | None = None
+    weight: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        counts = {name: len(part) for name, part in self._parts().items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"parts of a batch differ in their number of examples: {counts}")
+
+    def __len__(self) -> int:
+        return len(self.numeric)
+
+    def take(self, index: NDArray[np.integer[Any]]) -> Batch:
+        """The examples at ``index``, in that order."""
+        return Batch(
+            numeric=self.numeric[index],
+            deep_ids=self.deep_ids[index],
+            deep_bags=tuple(bag.take(index) for bag in self.deep_bags),
+            wide_ids=self.wide_ids[index],
+            wide_bags=tuple(bag.take(index) for bag in self.wide_bags),
+            label=None if self.label is None else self.label[index],
+            weight=None if self.weight is None else self.weight[index],
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write each part as a flat ``.npy`` file, which `load` maps into memory."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in self._parts().items():
+            if isinstance(part, Ragged):
+                np.save(folder / f"{name}.values.npy", part.values)
+                np.save(folder / f"{name}.offsets.npy", part.offsets)
+            else:
+                np.save(folder / f"{name}.npy", part)
+
+    @classmethod
+    def load(cls, folder: Path) -> Batch:
+        """Map what `save` wrote; nothing is read until it is used."""
+
+        def array(name: str) -> NDArray[Any]:
+            loaded: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r")
+            return loaded
+
+        def bags(kind: str) -> tuple[Ragged, ...]:
+            count = len(list(folder.glob(f"{kind}_bag*.offsets.npy")))
+            names = [f"{kind}_bag{i}" for i in range(count)]
+            return tuple(Ragged(array(f"{n}.values"), array(f"{n}.offsets")) for n in names)
+
+        return cls(
+            numeric=array("numeric"),
+            deep_ids=array("deep_ids"),
+            deep_bags=bags("deep"),
+            wide_ids=array("wide_ids"),
+            wide_bags=bags("wide"),
+            label=array("label") if (folder / "label.npy").exists() else None,
+            weight=array("weight") if (folder / "weight.npy").exists() else None,
+        )
+
+    def _parts(self) -> Mapping[str, NDArray[Any] | Ragged]:
+        parts: dict[str, NDArray[Any] | Ragged | None] = {
+            "numeric": self.numeric,
+            "deep_ids": self.deep_ids,
+            "wide_ids": self.wide_ids,
+            "label": self.label,
+            "weight": self.weight,
+            **{f"deep_bag{i}": bag for i, bag in enumerate(self.deep_bags)},
+            **{f"wide_bag{i}": bag for i, bag in enumerate(self.wide_bags)},
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes a model needs to know of the encoder that feeds it.
+
+    Args:
+        numeric: number of numeric inputs, M.
+        tables: embedding tables of the deep part: name → (rows, width).
+        fields: the table of each of the F single-valued deep fields.
+        bags: the table of each of the G multi-valued deep fields.
+        wide_slots: rows of each of the S + T wide slots, in the order of the wide table;
+            single-valued slots first.
+        wide_bags: T, how many of them are multi-valued.
+    """
+
+    numeric: int
+    tables: dict[str, tuple[int, int]]
+    fields: tuple[str, ...]
+    bags: tuple[str, ...]
+    wide_slots: tuple[int, ...]
+    wide_bags: int
+
+    @property
+    def deep_width(self) -> int:
+        """Width of the deep part's input: embeddings side by side, then the numeric inputs."""
+        return sum(self.tables[name][1] for name in (*self.fields, *self.bags)) + self.numeric
+
+    @property
+    def wide_rows(self) -> int:
+        """Rows of the wide table."""
+        return sum(self.wide_slots)

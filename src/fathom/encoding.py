@@ -1,0 +1,541 @@
+"""Raw feature values to model inputs: vocabularies, quantile scaling and crosses.
+
+One `Encoder` is fitted on the training split and travels with the weights; the same `encode` turns
+a training frame and a served request into a `Batch`.
+
+A *frame* maps column names to arrays of equal length: objects (``str`` or ``None``) for
+categorical columns, floats (NaN when missing) for numeric ones, `Ragged` for multi-valued ones and
+sequences.
+
+Ids: 0 is *missing*, 1 is *unknown* (rarer than the column's ``min_count`` in training, so that its
+weights are trained), known values follow. Numeric inputs are their cumulative distribution value in
+[0, 1] (Cheng et al. 2016, section 4.1) and 0 when missing, beside a 0/1 input that says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fathom.batch import Batch, IntArray, Layout, Ragged
+from fathom.features import stored_name
+from fathom.spec import EVENT_TIMESTAMP, Column, Cross, FeatureSpec
+
+Values = NDArray[Any] | Ragged
+Frame = Mapping[str, Values]
+Keys = NDArray[np.uint64]
+
+MISSING, UNKNOWN = 0, 1
+FIRST_KNOWN = 2
+QUANTILES = 128
+_MICROSECONDS_PER_DAY = 86_400e6
+#: An odd multiplier (the golden ratio) keeps a cross of (a, b) apart from one of (b, a).
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_NOTHING = np.uint64(0)
+
+
+class FrameError(ValueError):
+    """A frame does not fit the spec; the message lists every fault at once."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("frame: " + "; ".join(faults))
+
+
+# -- hashing and crosses -------------------------------------------------------------------------
+
+
+def hash_value(value: str) -> int:
+    """A 64-bit hash that is the same in every process and on every machine; never 0."""
+    digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+def hash_values(values: NDArray[Any]) -> Keys:
+    """`hash_value` of each value, shape kept; 0 for ``None``."""
+    known: dict[Any, int] = {None: 0}
+    hashes = np.empty(len(values), np.uint64)
+    for i, value in enumerate(values.tolist()):
+        if value not in known:
+            known[value] = hash_value(value)
+        hashes[i] = known[value]
+    return hashes
+
+
+def bucket(values: NDArray[Any], boundaries: Sequence[float] | None) -> NDArray[Any]:
+    """Make numbers categorical, without looking at data: the text of the bucket they fall in.
+
+    Args:
+        values: (N,) numbers, NaN when missing.
+        boundaries: rising right-open boundaries; powers of two, with sign, when None.
+
+    Returns:
+        (N,) objects: bucket numbers as text, None for NaN.
+
+    >>> bucket(np.array([0.0, 3.0, 4.0, np.nan]), [1.0, 4.0]).tolist()
+    ['0', '1', '2', None]
+    >>> bucket(np.array([0.0, 1.0, 5.0, 7.9, -5.0]), None).tolist()
+    ['0', '1', '3', '3', '-3']
+    """
+    numbers = np.asarray(values, np.float64)
+    missing = np.isnan(numbers)
+    if boundaries is None:
+        magnitude = np.frexp(np.where(missing, 0, numbers))[1]
+        numbered = np.where(numbers == 0, 0, np.sign(numbers) * np.maximum(magnitude, 0))
+    else:
+        numbered = np.searchsorted(np.asarray(boundaries, np.float64), numbers, side="right")
+    texts = np.empty(len(numbers), object)
+    texts[:] = [str(int(n)) if ok else None for n, ok in zip(numbered, ~missing, strict=True)]
+    return texts
+
+
+def cross_keys(parts: Sequence[Keys | Ragged]) -> Keys | Ragged:
+    """Keys of the conjunction of values, by mixing their hashes in order.
+
+    Hashes are mixed, not texts joined, so ("a-b", "c") and ("a", "b-c") differ.
+
+    Args:
+        parts: hashes of each column, (N,) or ragged with N rows; 0 stands for missing.
+
+    Returns:
+        (N,) keys, 0 where any part is missing. If parts are ragged, the keys of every combination
+        of a row's values, ragged; combinations with a missing part are left out.
+    """
+    count = len(parts[0])
+    keys, rows = np.full(count, _GOLDEN), np.arange(count)
+    single = True
+    for part in parts:
+        if isinstance(part, Ragged):
+            single = False
+            lengths = part.lengths[rows]
+            ends = np.cumsum(lengths)
+            within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+            chosen = part.values[np.repeat(part.offsets[rows], lengths) + within]
+            keys, rows = np.repeat(keys, lengths), np.repeat(rows, lengths)
+        else:
+            chosen = part[rows]
+        mixed = _mix((keys ^ chosen) * _GOLDEN)
+        keys = np.where((keys == _NOTHING) | (chosen == _NOTHING), _NOTHING, mixed)
+    if single:
+        return keys
+    kept = keys != _NOTHING
+    lengths = np.bincount(rows[kept], minlength=count)
+    return Ragged(keys[kept], np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+
+
+def _mix(keys: Keys) -> Keys:
+    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    keys = keys ^ (keys >> np.uint64(31))
+    return np.where(keys == _NOTHING, np.uint64(1), keys)
+
+
+def column_hashes(column: Column, values: Values) -> Keys | Ragged:
+    """Hashes of a column's values as crosses see them; numbers are bucketed first."""
+    if isinstance(values, Ragged):
+        return Ragged(hash_values(values.values), values.offsets)
+    if column.is_numeric:
+        values = bucket(values, column.buckets)
+    return hash_values(values)
+
+
+def evaluate_cross(cross: Cross, spec: FeatureSpec, frame: Frame) -> Keys | Ragged:
+    """Keys of a declared cross for each row of a frame; needs no fitted encoder.
+
+    The wide part and Feast's on-demand feature views both call it.
+    """
+    return cross_keys([column_hashes(spec.by_name[n], frame[n]) for n in cross.columns])
+
+
+# -- frames --------------------------------------------------------------------------------------
+
+
+def complete(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:
+    """Turn what a feature store returns into all columns of the spec.
+
+    A key without a snapshot has counts and sums of 0 and rates of the prior; recency is the age of
+    the stored moment at ``event_timestamp``, NaN when there is none; ratios come last.
+
+    Args:
+        frame: stored fields by name (`fathom.features.stored_name`), raw columns, and
+            ``event_timestamp`` as (N,) datetime64 (UTC).
+
+    Returns:
+        Every column of the spec.
+
+    Raises:
+        FrameError: names all absent columns.
+    """
+    sources = {
+        column.name: stored_name(column) if column.aggregate else column.name
+        for column in spec.columns
+        if column.ratio is None
+    }
+    absent = sorted({*sources.values(), EVENT_TIMESTAMP} - set(frame))
+    if absent:
+        raise FrameError([f"absent columns {absent}; the spec needs them"])
+    moments = frame[EVENT_TIMESTAMP]
+    return with_ratios(
+        {
+            name: _default(spec.by_name[name], frame[source], moments)
+            for name, source in sources.items()
+        },
+        spec,
+    )
+
+
+def with_ratios(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:
+    """Add the spec's ratio columns, computed from the others; a missing part counts as 0."""
+    completed = dict(frame)
+    for column in spec.columns:
+        if column.ratio is not None:
+            of = np.nan_to_num(np.asarray(frame[column.ratio.of], np.float64))
+            to = np.nan_to_num(np.asarray(frame[column.ratio.to], np.float64))
+            completed[column.name] = (of / (to + column.ratio.plus)).astype(np.float32)
+    return completed
+
+
+def _default(column: Column, values: Values, moments: Values) -> Values:
+    if isinstance(values, Ragged) or not column.is_numeric:
+        return values
+    if column.aggregate is None:
+        return values.astype(np.float32)
+    measure = column.aggregate.measure
+    numbers = values.astype(np.float64)
+    if measure == "recency_days":
+        assert not isinstance(moments, Ragged)
+        now = moments.astype("datetime64[us]").astype(np.float64)
+        return ((now - numbers) / _MICROSECONDS_PER_DAY).astype(np.float32)
+    absent = {"count": 0.0, "sum": 0.0, "rate": column.aggregate.prior}.get(measure, np.nan)
+    return np.where(np.isnan(numbers), absent, numbers).astype(np.float32)
+
+
+# -- fitted parts --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Known values of an embedding table or of a wide column, in the order of their ids."""
+
+    values: tuple[str, ...]
+    _ids: dict[Any, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ids: dict[Any, int] = {v: i for i, v in enumerate(self.values, FIRST_KNOWN)}
+        object.__setattr__(self, "_ids", ids | {None: MISSING})
+
+    @classmethod
+    def fit(cls, columns: Iterable[NDArray[Any]], min_count: int) -> Vocabulary:
+        """Values seen at least ``min_count`` times, commonest first, ties by value."""
+        counts: Counter[Any] = Counter()
+        for values in columns:
+            counts.update(values.tolist())
+        counts.pop(None, None)
+        kept = [value for value, count in counts.items() if count >= min_count]
+        return cls(tuple(sorted(kept, key=lambda value: (-counts[value], value))))
+
+    @property
+    def rows(self) -> int:
+        """Number of ids, the two reserved ones included."""
+        return len(self.values) + FIRST_KNOWN
+
+    def ids(self, values: NDArray[Any]) -> IntArray:
+        """Ids of values, shape kept."""
+        get = self._ids.get
+        return np.fromiter((get(v, UNKNOWN) for v in values.tolist()), np.int32, len(values))
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """The empirical distribution function of a numeric column, by its quantiles.
+
+    Repeated quantiles are merged and the rest spaced evenly, so that a value many rows share (a
+    count of 0, say) does not use up the range.
+    """
+
+    quantiles: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, values: NDArray[Any]) -> Scaler:
+        """Quantiles of the values that are not missing."""
+        known = np.asarray(values, np.float64)
+        known = known[~np.isnan(known)]
+        if len(known) == 0:
+            return cls(np.zeros(1))
+        return cls(np.unique(np.quantile(known, np.linspace(0, 1, QUANTILES))))
+
+    def scale(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Distribution values in [0, 1], shape kept; 0 for NaN."""
+        positions = np.linspace(0, 1, len(self.quantiles)) if len(self.quantiles) > 1 else [0.5]
+        scaled = np.interp(np.asarray(values, np.float64), self.quantiles, positions)
+        return np.nan_to_num(scaled).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class CrossVocabulary:
+    """Ids of cross keys: by their rank among the known keys, or by hashing."""
+
+    keys: Keys
+    buckets: int | None
+
+    @classmethod
+    def fit(cls, keys: Keys | Ragged, cross: Cross) -> CrossVocabulary:
+        """Keys seen at least ``cross.min_count`` times, rising; none when it hashes."""
+        if cross.buckets is not None:
+            return cls(np.zeros(0, np.uint64), cross.buckets)
+        flat = keys.values if isinstance(keys, Ragged) else keys
+        known, counts = np.unique(flat[flat != _NOTHING], return_counts=True)
+        return cls(known[counts >= cross.min_count], None)
+
+    @property
+    def rows(self) -> int:
+        """Number of ids, the two reserved ones included."""
+        return (self.buckets or len(self.keys)) + FIRST_KNOWN
+
+    def ids(self, keys: Keys) -> IntArray:
+        """Ids of keys, shape kept."""
+        if self.buckets is not None:
+            ids = (keys % np.uint64(self.buckets)).astype(np.int64) + FIRST_KNOWN
+        elif len(self.keys) == 0:
+            ids = np.full(len(keys), UNKNOWN)
+        else:
+            place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+            ids = np.where(self.keys[place] == keys, place + FIRST_KNOWN, UNKNOWN)
+        return np.where(keys == _NOTHING, MISSING, ids).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Everything learnt from the training split that turns raw values into model inputs."""
+
+    spec: FeatureSpec
+    tables: dict[str, Vocabulary]
+    wide: dict[str, Vocabulary]
+    scalers: dict[str, Scaler]
+    crosses: dict[str, CrossVocabulary]
+
+    @property
+    def layout(self) -> Layout:
+        """Sizes for the model."""
+        spec = self.spec
+        tables = {name: (self.tables[name].rows, width) for name, (width, _) in spec.tables.items()}
+        table_of = {c.name: name for name, (_, cs) in spec.tables.items() for c in cs}
+        slots = self._wide_slots()
+        return Layout(
+            numeric=2 * len(self._numeric()),
+            tables=tables,
+            fields=tuple(table_of[c.name] for c in self._deep(bags=False)),
+            bags=tuple(table_of[c.name] for c in self._deep(bags=True)),
+            wide_slots=tuple(rows for _, rows, _ in slots),
+            wide_bags=sum(bag for _, _, bag in slots),
+        )
+
+    @property
+    def wide_slots(self) -> tuple[str, ...]:
+        """Names of the wide part's slots, in the order of `Layout.wide_slots`."""
+        return tuple(name for name, _, _ in self._wide_slots())
+
+    def encode(self, frame: Frame) -> Batch:
+        """Model inputs for N rows; label and weight are set when the frame holds them.
+
+        Raises:
+            FrameError: names all absent columns and all that are of the wrong shape.
+        """
+        _check(frame, self.spec)
+        numeric = np.zeros((_rows(frame, self.spec), 2 * len(self._numeric())), np.float32)
+        for i, column in enumerate(self._numeric()):
+            values = _flat(frame[column.name])
+            numeric[:, 2 * i] = self.scalers[column.name].scale(values)
+            numeric[:, 2 * i + 1] = np.isnan(values)
+        table_of = {c.name: name for name, (_, cs) in self.spec.tables.items() for c in cs}
+
+        def deep(column: Column) -> IntArray:
+            return self.tables[table_of[column.name]].ids(_flat(frame[column.name]))
+
+        single = [deep(column) for column in self._deep(bags=False)]
+        bags = [Ragged(deep(c), _ragged(frame[c.name]).offsets) for c in self._deep(bags=True)]
+        wide_single, wide_bags = self._encode_wide(frame)
+        label = frame.get(self.spec.label.name)
+        return Batch(
+            numeric=numeric,
+            deep_ids=_stack(single, len(numeric)),
+            deep_bags=tuple(bags),
+            wide_ids=_stack(wide_single, len(numeric)),
+            wide_bags=tuple(wide_bags),
+            label=None if label is None else self._label(_flat(label)),
+        )
+
+    def _label(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        if self.spec.label.values is None:
+            return values.astype(np.float32)
+        return (values == self.spec.label.values[-1]).astype(np.float32)
+
+    def _encode_wide(self, frame: Frame) -> tuple[list[IntArray], list[Ragged]]:
+        hashed: dict[str, Keys | Ragged] = {}
+        single: list[IntArray] = []
+        bags: list[Ragged] = []
+        start = 0
+        by_name = {cross.name: cross for cross in self.spec.crosses}
+        for name, rows, bag in self._wide_slots():
+            if name in by_name:
+                for part in by_name[name].columns:
+                    if part not in hashed:
+                        hashed[part] = column_hashes(self.spec.by_name[part], frame[part])
+                keys = cross_keys([hashed[part] for part in by_name[name].columns])
+                ids = self.crosses[name].ids(keys.values if isinstance(keys, Ragged) else keys)
+                offsets = keys.offsets if isinstance(keys, Ragged) else None
+            else:
+                ids = self.wide[name].ids(_flat(frame[name]))
+                offsets = _ragged(frame[name]).offsets if bag else None
+            ids = ids + np.int32(start)
+            if offsets is None:
+                single.append(ids)
+            else:
+                bags.append(Ragged(ids, offsets))
+            start += rows
+        return single, bags
+
+    def _numeric(self) -> list[Column]:
+        return [c for c in self.spec.columns if c.is_numeric and c.deep]
+
+    def _deep(self, bags: bool) -> list[Column]:
+        columns = [c for c in self.spec.columns if not c.is_numeric and c.deep]
+        return [c for c in columns if (c.kind != "categorical") == bags]
+
+    def _wide_slots(self) -> list[tuple[str, int, bool]]:
+        """(name, rows, is a bag) of each slot, single-valued ones first."""
+        kinds = {column.name: column.kind for column in self.spec.columns}
+
+        def bag(*names: str) -> bool:
+            return any(kinds[name] in {"multi", "sequence"} for name in names)
+
+        slots = [(name, self.wide[name].rows, bag(name)) for name in self.wide]
+        slots += [(c.name, self.crosses[c.name].rows, bag(*c.columns)) for c in self.spec.crosses]
+        return sorted(slots, key=lambda slot: slot[2])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what `encode` gives, in hexadecimal."""
+        digest = hashlib.sha256(self.spec.to_json().encode())
+        digest.update(self._vocabularies().encode())
+        for name, values in sorted(self._arrays().items()):
+            digest.update(name.encode() + values.tobytes())
+        return digest.hexdigest()
+
+    def _vocabularies(self) -> str:
+        vocabularies = {
+            "tables": {name: v.values for name, v in self.tables.items()},
+            "wide": {name: v.values for name, v in self.wide.items()},
+        }
+        return json.dumps(vocabularies, ensure_ascii=False)
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        quantiles = {f"quantiles/{name}": s.quantiles for name, s in self.scalers.items()}
+        crosses = {f"cross/{name}": c.keys.view(np.int64) for name, c in self.crosses.items()}
+        return {**quantiles, **crosses}
+
+    def save(self, folder: Path) -> None:
+        """Write ``spec.json``, ``vocabularies.json`` and ``encoder.safetensors`` to a folder."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "spec.json").write_text(self.spec.to_json(), encoding="utf-8")
+        (folder / "vocabularies.json").write_text(self._vocabularies(), encoding="utf-8")
+        save_file(self._arrays(), folder / "encoder.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Encoder:
+        """Read what `save` wrote."""
+        from safetensors.numpy import load_file
+
+        spec = FeatureSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
+        vocabularies = json.loads((folder / "vocabularies.json").read_text(encoding="utf-8"))
+        arrays = load_file(folder / "encoder.safetensors")
+        buckets = {cross.name: cross.buckets for cross in spec.crosses}
+        return cls(
+            spec=spec,
+            tables={n: Vocabulary(tuple(v)) for n, v in vocabularies["tables"].items()},
+            wide={n: Vocabulary(tuple(v)) for n, v in vocabularies["wide"].items()},
+            scalers={c.name: Scaler(arrays[f"quantiles/{c.name}"]) for c in _scaled(spec)},
+            crosses={
+                name: CrossVocabulary(arrays[f"cross/{name}"].view(np.uint64), count)
+                for name, count in buckets.items()
+            },
+        )
+
+
+def fit_encoder(frame: Frame, spec: FeatureSpec) -> Encoder:
+    """Learn vocabularies, quantiles and cross keys; give it the training split only.
+
+    Args:
+        frame: one row per exposure with every column of the spec (see `complete`).
+
+    Raises:
+        FrameError: names all absent columns and all that are of the wrong shape.
+    """
+    _check(frame, spec)
+    return Encoder(
+        spec=spec,
+        tables={
+            name: Vocabulary.fit(
+                (_flat(frame[c.name]) for c in columns), min(c.min_count for c in columns)
+            )
+            for name, (_, columns) in spec.tables.items()
+        },
+        wide={
+            c.name: Vocabulary.fit([_flat(frame[c.name])], c.min_count)
+            for c in spec.columns
+            if c.wide
+        },
+        scalers={c.name: Scaler.fit(_flat(frame[c.name])) for c in _scaled(spec)},
+        crosses={
+            c.name: CrossVocabulary.fit(evaluate_cross(c, spec, frame), c) for c in spec.crosses
+        },
+    )
+
+
+def _scaled(spec: FeatureSpec) -> list[Column]:
+    return [column for column in spec.columns if column.is_numeric and column.deep]
+
+
+def _flat(values: Values) -> NDArray[Any]:
+    return values.values if isinstance(values, Ragged) else values
+
+
+def _ragged(values: Values) -> Ragged:
+    assert isinstance(values, Ragged)
+    return values
+
+
+def _stack(columns: list[IntArray], rows: int) -> IntArray:
+    return np.stack(columns, axis=1) if columns else np.zeros((rows, 0), np.int32)
+
+
+def _rows(frame: Frame, spec: FeatureSpec) -> int:
+    return len(frame[spec.columns[0].name])
+
+
+def _check(frame: Frame, spec: FeatureSpec) -> None:
+    absent = [column.name for column in spec.columns if column.name not in frame]
+    faults = [f"absent columns {absent}; the spec needs them"] if absent else []
+    rows = {len(frame[column.name]) for column in spec.columns if column.name in frame}
+    if len(rows) > 1:
+        faults.append(f"columns differ in length: {sorted(rows)}")
+    for column in spec.columns:
+        if column.name in frame:
+            many = column.kind in {"multi", "sequence"}
+            if isinstance(frame[column.name], Ragged) != many:
+                faults.append(
+                    f"{column.name} is {column.kind}, so it holds "
+                    f"{'a list' if many else 'one value'} per row"
+                )
+    if faults:
+        raise FrameError(faults)

@@ -1,0 +1,75 @@
+"""Kedro hooks: how long each stage took, and the closing table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from kedro.framework.hooks import hook_impl
+
+from fathom import files
+
+log = logging.getLogger(__name__)
+
+
+class RunSummary:
+    """Adds times and memory to the figures of the reporting pipeline.
+
+    A run without that pipeline (``kedro run --pipelines …``) writes no summary.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._began: dict[str, float] = {}
+        self._start = 0.0
+
+    @hook_impl
+    def before_pipeline_run(self) -> None:
+        self._seconds.clear()
+        self._start = time.perf_counter()
+
+    @hook_impl
+    def before_node_run(self, node: Any) -> None:
+        self._began[node.name] = time.perf_counter()
+
+    @hook_impl
+    def before_dataset_loaded(self, node: Any) -> None:
+        """A node's time begins with its inputs (they are loaded before the node's own hook)."""
+        self._began.setdefault(node.name, time.perf_counter())
+
+    @hook_impl
+    def after_dataset_saved(self, node: Any) -> None:
+        self._clock(node)
+
+    @hook_impl
+    def after_node_run(self, node: Any) -> None:
+        self._clock(node)
+
+    def _clock(self, node: Any) -> None:
+        now = time.perf_counter()
+        stage = next(iter(sorted(node.tags)), node.name)
+        self._seconds[stage] += now - self._began.get(node.name, now)
+        self._began[node.name] = now
+
+    @hook_impl
+    def after_pipeline_run(self, pipeline: Any, catalog: Any) -> None:
+        if "run_figures" not in pipeline.outputs() | pipeline.all_outputs():
+            return
+        from fathom.hardware import peak_memory_mb
+        from fathom.report import closing_table
+
+        total = time.perf_counter() - self._start
+        path = Path(catalog.load("params:run_summary"))
+        summary: dict[str, Any] = {
+            **catalog.load("run_figures"),
+            "seconds": {n: round(s, 1) for n, s in self._seconds.items()}
+            | {"total": round(total, 1)},
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        files.write_json(path, summary)
+        pages = {"summary": str(path)} | catalog.load("params:pages")
+        log.info("%s", closing_table(json.loads(path.read_text(encoding="utf-8")), pages))

@@ -1,0 +1,118 @@
+"""Models, all on the same parts: encoded examples in, one logit per example out.
+
+    P(Y = 1 | x) = sigmoid(w_wide . [x, phi(x)] + w_deep . a^(l_f) + b)
+
+(Cheng et al. 2016, equation 3): x are the wide columns, phi(x) the crosses, a^(l_f) the last
+hidden layer of the deep part, b the bias.
+
+Legend: B examples in a batch, S + T wide slots, F + G deep fields, M numeric inputs, D the width of
+the deep part's input. A *logit* is always before the sigmoid; for regression it is the prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fathom.batch import Batch, Layout, Ragged
+from fathom.config import ConfigError, TrainingConfig
+
+
+class Bag(NamedTuple):
+    """A ragged field: row ``i`` has ``values[offsets[i]:offsets[i + 1]]``."""
+
+    values: Tensor
+    offsets: Tensor
+
+
+class Inputs(NamedTuple):
+    """A `fathom.batch.Batch` as tensors on one device, with the same shapes."""
+
+    numeric: Tensor
+    deep_ids: Tensor
+    deep_bags: tuple[Bag, ...]
+    wide_ids: Tensor
+    wide_bags: tuple[Bag, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device | str = "cpu") -> Inputs:
+        """Move a batch to a device."""
+
+        def bag(ragged: Ragged) -> Bag:
+            values = torch.as_tensor(ragged.values, device=device)
+            return Bag(values, torch.as_tensor(ragged.offsets, device=device))
+
+        return cls(
+            numeric=torch.as_tensor(batch.numeric, device=device),
+            deep_ids=torch.as_tensor(batch.deep_ids, device=device),
+            deep_bags=tuple(bag(ragged) for ragged in batch.deep_bags),
+            wide_ids=torch.as_tensor(batch.wide_ids, device=device),
+            wide_bags=tuple(bag(ragged) for ragged in batch.wide_bags),
+        )
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What a logit is the exact sum of.
+
+    Args:
+        wide: (B, S + T) weight of each wide slot; zero width without a wide part.
+        deep: (B,) the deep part's logit; zeros without a deep part.
+        bias: scalar.
+    """
+
+    wide: Tensor
+    deep: Tensor
+    bias: Tensor
+
+    @property
+    def logit(self) -> Tensor:
+        """(B,) the sum."""
+        return self.wide.sum(dim=1) + self.deep + self.bias
+
+
+class Model(nn.Module):
+    """The base of every model: a bias and whichever parts it has, summed to one logit."""
+
+    def __init__(self, wide: nn.Module | None, deep: nn.Module | None) -> None:
+        super().__init__()
+        self.wide = wide
+        self.deep = deep
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits, shape (B,)."""
+        return self.contributions(inputs).logit
+
+    def contributions(self, inputs: Inputs) -> Contributions:
+        """The exact parts of each logit."""
+        rows = len(inputs.numeric)
+        none = self.bias.new_zeros(rows)
+        return Contributions(
+            wide=self.wide(inputs) if self.wide is not None else none[:, None][:, :0],
+            deep=self.deep(inputs) if self.deep is not None else none,
+            bias=self.bias,
+        )
+
+
+Builder = Callable[[Layout, TrainingConfig], Model]
+
+
+def build(layout: Layout, config: TrainingConfig) -> Model:
+    """A freshly initialised model, reproducible from ``config.seed``.
+
+    Raises:
+        ConfigError: ``config.model`` is not registered.
+    """
+    from fathom.models.wide_deep import MODELS
+
+    if config.model not in MODELS:
+        raise ConfigError(
+            [f"training.model is {config.model!r}; it must be one of {sorted(MODELS)}"]
+        )
+    torch.manual_seed(config.seed)
+    return MODELS[config.model](layout, config)

@@ -1,0 +1,27 @@
+"""Wide & Deep, and each of its parts alone (Cheng et al. 2016, figure 1)."""
+
+from __future__ import annotations
+
+from fathom.batch import Layout
+from fathom.config import TrainingConfig
+from fathom.models import Builder, Model
+from fathom.models.deep import Deep
+from fathom.models.wide import Wide
+
+
+def wide(layout: Layout, config: TrainingConfig) -> Model:
+    """The wide part alone: memorises, and gives unseen combinations nothing."""
+    return Model(Wide(layout), None)
+
+
+def deep(layout: Layout, config: TrainingConfig) -> Model:
+    """The deep part alone: generalises, and blurs exceptions."""
+    return Model(None, Deep(layout, config.hidden, config.dropout))
+
+
+def wide_deep(layout: Layout, config: TrainingConfig) -> Model:
+    """Both parts, summed before the loss and trained together."""
+    return Model(Wide(layout), Deep(layout, config.hidden, config.dropout))
+
+
+MODELS: dict[str, Builder] = {"wide": wide, "deep": deep, "wide_deep": wide_deep}

@@ -1,0 +1,22 @@
+"""Which pipelines there are: every package of `fathom.pipelines`, found by name."""
+
+from kedro.framework.project import find_pipelines
+from kedro.pipeline import Pipeline
+
+
+def register_pipelines() -> dict[str, Pipeline]:
+    """Find every pipeline; ``__default__``, which ``kedro run`` runs, is their sum.
+
+    Kedro orders the nodes of a sum by what they read and write, so the order of the names does
+    not matter. A pipeline that fails to import is an error, not a warning: a run that skips a
+    stage would look like a success.
+
+    Raises:
+        ImportError: a pipeline's package does not import or has no ``create_pipeline``.
+    """
+    found = find_pipelines(raise_errors=True)
+    stages = {name: found[name] for name in sorted(found) if name != "__default__"}
+    # With `--pipelines NAME` Kedro looks for that one alone and there is no sum to make.
+    if "__default__" not in found:
+        return stages
+    return {"__default__": sum(stages.values(), start=Pipeline([])), **stages}

@@ -1,0 +1,268 @@
+"""Nodes of the evaluation pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fathom.baselines import BaselinesConfig
+from fathom.config import SplitConfig
+from fathom.evaluation import EvaluationConfig, GateConfig
+from fathom.pipelines.splits import between
+from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
+
+if TYPE_CHECKING:
+    from ibis.expr.types import Table
+    from pyarrow import Table as ArrowTable
+
+    from fathom.batch import Batch
+    from fathom.evaluation import Predictions
+    from fathom.ranker import Ranker
+    from fathom.registry import Registry
+else:
+    Table = ArrowTable = Batch = Ranker = Registry = Predictions = Any
+
+#: A context value is a slice of its own if it is among this many commonest.
+_COMMON_VALUES = 12
+
+log = logging.getLogger(__name__)
+
+
+def score_splits(
+    candidate: Ranker,
+    validation_batch: Batch,
+    test_batch: Batch,
+    training_frame: Table,
+    split: SplitConfig,
+) -> ArrowTable:
+    """Score the exposures that the candidate was not trained on.
+
+    Returns:
+        Keys, moment, label, inclusion probability, ``split`` and ``probability``.
+    """
+    import pyarrow as pa
+
+    spec = candidate.spec
+    columns = [*spec.keys, EVENT_TIMESTAMP, spec.label.name, INCLUSION_PROBABILITY]
+    parts = []
+    for name, batch in (("validation", validation_batch), ("test", test_batch)):
+        rows = between(training_frame, split, name).select(*columns).to_pyarrow()
+        rows = rows.append_column("split", pa.array([name] * len(rows)))
+        parts.append(rows.append_column("probability", pa.array(candidate.score_batch(batch))))
+    return pa.concat_tables(parts)
+
+
+def fit_baselines(
+    training_frame: Table, spec: FeatureSpec, split: SplitConfig, config: BaselinesConfig
+) -> ArrowTable:
+    """Fit every baseline on the training split, on the same features, and score the test split.
+
+    Numeric columns as they are; categorical ones as codes where they have few values.
+
+    Returns:
+        One column of predictions per baseline, in the test split's order.
+    """
+    import pyarrow as pa
+
+    from fathom import baselines
+
+    train, test = between(training_frame, split, "train"), between(training_frame, split, "test")
+    label = np.asarray(_label(train, spec), np.float64)
+    known, new = _baseline_inputs(_columns(train, spec), _columns(test, spec), spec)
+    predicted = baselines.predict_baselines(known, label, new, config, spec.task)
+    return pa.table({name: pa.array(values) for name, values in predicted.items()})
+
+
+def score_champion(
+    training_frame: Table, predictions: Table, spec: FeatureSpec, split: SplitConfig, registry: str
+) -> ArrowTable:
+    """Score the test split with the current champion.
+
+    Returns:
+        One column named by the champion's version; no column if there is no champion, or if it
+        reads columns that this spec no longer has (which the log says).
+    """
+    import pyarrow as pa
+
+    from fathom.feature_store import frame_of
+    from fathom.registry import Registry
+
+    versions = Registry(Path(registry))
+    version = versions.champion()
+    if version is None:
+        return pa.table({})
+    champion = versions.load(version)
+    absent = [c.name for c in champion.spec.columns if c.name not in training_frame.columns]
+    if absent or champion.spec.label != spec.label:
+        log.warning("champion %s cannot score this frame: it reads %s", version, absent)
+        return pa.table({})
+    columns = dict.fromkeys([spec.label.name, *(c.name for c in champion.spec.columns)])
+    test = between(training_frame, split, "test").select(*columns).to_pyarrow()
+    return pa.table({version: pa.array(champion.score(frame_of(test)))})
+
+
+def evaluate(
+    predictions: Table,
+    baseline_predictions: Table,
+    champion_predictions: Table,
+    training_frame: Table,
+    spec: FeatureSpec,
+    split: SplitConfig,
+    config: EvaluationConfig,
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, float]]]:
+    """Measure the candidate, the baselines and the champion on the test window.
+
+    Returns:
+        Metrics by model; the candidate's by slice; points of its calibration plot.
+    """
+    from fathom import evaluation
+
+    test = _test_predictions(predictions, spec)
+    measured = {"candidate": evaluation.metrics(test)}
+    others = {**_scores(champion_predictions, "champion "), **_scores(baseline_predictions, "")}
+    for name, scores in others.items():
+        measured[name] = evaluation.metrics(dataclasses.replace(test, probability=scores))
+    found = evaluation.slices(test, _masks(training_frame, spec, split), config.min_slice_rows)
+    return measured, dataclasses.asdict(found), evaluation.reliability(test)
+
+
+def judge(
+    candidate: Ranker,
+    predictions: Table,
+    champion_predictions: Table,
+    metrics: dict[str, Any],
+    training_frame: Table,
+    spec: FeatureSpec,
+    split: SplitConfig,
+    gate: GateConfig,
+    config: EvaluationConfig,
+) -> dict[str, Any]:
+    """Let the gate decide whether the candidate may become the champion.
+
+    Returns:
+        ``promoted`` and ``reasons``, one for every check.
+    """
+    from fathom import evaluation
+
+    test = _test_predictions(predictions, spec)
+    champion = None
+    for version, scores in _scores(champion_predictions, "").items():
+        old = dataclasses.replace(test, probability=scores)
+        champion = evaluation.Candidate(version, old)
+    verdict = evaluation.gate(
+        evaluation.Candidate(candidate.version, test),
+        champion,
+        {name: values for name, values in metrics.items() if name in gate.baselines},
+        _masks(training_frame, spec, split),
+        gate,
+        config,
+    )
+    return dataclasses.asdict(verdict)
+
+
+def plot_calibration(calibration_points: list[dict[str, float]]) -> Any:
+    """Observed rate against predicted probability."""
+    import plotly.graph_objects as go
+
+    predicted = [point["probability"] for point in calibration_points]
+    observed = [point["observed"] for point in calibration_points]
+    top = max([*predicted, *observed], default=1.0)
+    figure = go.Figure()
+    figure.add_scatter(x=[0, top], y=[0, top], mode="lines", name="perfect")
+    figure.add_scatter(x=predicted, y=observed, mode="lines+markers", name="candidate")
+    return figure.update_layout(
+        title="Calibration on the test window", xaxis_title="predicted", yaxis_title="observed"
+    )
+
+
+def _columns(rows: Table, spec: FeatureSpec) -> Any:
+    names = dict.fromkeys([spec.entities.item, *(column.name for column in spec.columns)])
+    kept = [
+        n
+        for n in names
+        if n not in spec.by_name or spec.by_name[n].kind in {"numeric", "categorical"}
+    ]
+    return rows.select(*kept).to_pyarrow()
+
+
+def _baseline_inputs(train: Any, test: Any, spec: FeatureSpec) -> tuple[Any, Any]:
+    """Numbers as they are and few-valued categories as codes of the training split's values."""
+    from fathom.baselines import MAX_CATEGORIES, Inputs
+
+    columns: list[tuple[Any, Any]] = []
+    categorical = []
+    for column in spec.columns:
+        if column.kind == "numeric":
+            columns.append(tuple(t[column.name].to_numpy() for t in (train, test)))
+        elif column.kind == "categorical":
+            codes, values = _codes(train[column.name], test[column.name])
+            if values <= MAX_CATEGORIES:
+                categorical.append(len(columns))
+                columns.append(codes)
+    items, _ = _codes(train[spec.entities.item], test[spec.entities.item])
+    sides = [np.stack([c[i] for c in columns], axis=1).astype(np.float32) for i in (0, 1)]
+    return tuple(  # type: ignore[return-value]
+        Inputs(x, tuple(categorical), item) for x, item in zip(sides, items, strict=True)
+    )
+
+
+def _codes(train: Any, test: Any) -> tuple[tuple[Any, Any], int]:
+    """Positions among the training split's values, -1 for others and missing, of both sides."""
+    import pyarrow.compute as pc
+
+    values = pc.unique(train.drop_null())
+    both = [pc.fill_null(pc.index_in(side, values), -1).to_numpy() for side in (train, test)]
+    return (both[0].astype(np.int64), both[1].astype(np.int64)), len(values)
+
+
+def _label(rows: Table, spec: FeatureSpec) -> Any:
+    values = rows.select(spec.label.name).to_pyarrow()[spec.label.name].to_numpy()
+    return values if spec.label.values is None else values == spec.label.values[-1]
+
+
+def _test_predictions(predictions: Table, spec: FeatureSpec) -> Predictions:
+    from fathom.evaluation import Predictions
+
+    rows = predictions.filter(predictions["split"] == "test")
+    table = rows.to_pyarrow()
+
+    def codes(name: str) -> Any:
+        encoded = table[name].combine_chunks().dictionary_encode()
+        return encoded.indices.to_numpy().astype(np.int64)
+
+    return Predictions(
+        label=np.asarray(_label(rows, spec), np.float64),
+        probability=table["probability"].to_numpy(),
+        user=codes(spec.entities.user),
+        request=codes(spec.entities.request),
+        task=spec.task,
+    )
+
+
+def _scores(table: Table, prefix: str) -> dict[str, Any]:
+    if not table.columns:
+        return {}
+    read = table.to_pyarrow()
+    return {prefix + name: read[name].to_numpy() for name in read.column_names}
+
+
+def _masks(training_frame: Table, spec: FeatureSpec, split: SplitConfig) -> dict[str, Any]:
+    """New users, new items, and each common value of each context column, as masks of the test."""
+    context = [c.name for c in spec.raw_columns("context") if c.kind == "categorical"]
+    names = [spec.entities.user, spec.entities.item, *context]
+    test = between(training_frame, split, "test").select(*names).to_pyarrow()
+    masks = {}
+    for key, name in ((spec.entities.user, "new users"), (spec.entities.item, "new items")):
+        seen = between(training_frame, split, "train").select(key).distinct().to_pyarrow()[key]
+        known = set(seen.to_pylist())
+        masks[name] = np.array([value not in known for value in test[key].to_pylist()], np.bool_)
+    for name in context:
+        values = np.array(test[name].to_pylist(), object)
+        distinct, counts = np.unique(values.astype(str), return_counts=True)
+        for value in distinct[np.argsort(-counts, kind="stable")][:_COMMON_VALUES]:
+            masks[f"{name} = {value}"] = values.astype(str) == value
+    return masks

@@ -1,0 +1,92 @@
+"""Candidate and baselines on the test window; the gate's verdict."""
+
+from kedro.pipeline import Node, Pipeline
+
+from fathom.pipelines.evaluation.nodes import (
+    evaluate,
+    fit_baselines,
+    judge,
+    plot_calibration,
+    score_champion,
+    score_splits,
+)
+
+
+def create_pipeline() -> Pipeline:
+    """Score, measure overall and by slice, and compare with the baselines and the champion."""
+    return Pipeline(
+        [
+            Node(
+                score_splits,
+                name="score_splits",
+                inputs=[
+                    "candidate",
+                    "validation_batch",
+                    "test_batch",
+                    "training_frame",
+                    "params:split",
+                ],
+                outputs="predictions",
+                tags="evaluation",
+            ),
+            Node(
+                fit_baselines,
+                name="fit_baselines",
+                inputs=["training_frame", "params:features", "params:split", "params:baselines"],
+                outputs="baseline_predictions",
+                tags="evaluation",
+            ),
+            Node(
+                score_champion,
+                name="score_champion",
+                inputs=[
+                    "training_frame",
+                    "predictions",
+                    "params:features",
+                    "params:split",
+                    "params:registry",
+                ],
+                outputs="champion_predictions",
+                tags="evaluation",
+            ),
+            Node(
+                evaluate,
+                name="evaluate",
+                inputs=[
+                    "predictions",
+                    "baseline_predictions",
+                    "champion_predictions",
+                    "training_frame",
+                    "params:features",
+                    "params:split",
+                    "params:evaluation",
+                ],
+                outputs=["metrics", "slices", "calibration_points"],
+                tags="evaluation",
+            ),
+            Node(
+                judge,
+                name="judge",
+                inputs=[
+                    "candidate",
+                    "predictions",
+                    "champion_predictions",
+                    "metrics",
+                    "training_frame",
+                    "params:features",
+                    "params:split",
+                    "params:gate",
+                    "params:evaluation",
+                ],
+                outputs="verdict",
+                tags="evaluation",
+            ),
+            Node(
+                plot_calibration,
+                name="plot_calibration",
+                inputs="calibration_points",
+                outputs="calibration_plot",
+                tags="evaluation",
+            ),
+        ]
+    )

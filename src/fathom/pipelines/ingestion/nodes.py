@@ -1,0 +1,37 @@
+"""Nodes of the ingestion pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fathom.sources import SourceConfig
+
+if TYPE_CHECKING:
+    from ibis.expr.types import Table
+else:
+    Table = Any  # Kedro resolves the hints of nodes when it lists them; Ibis takes 0.5 s to import
+
+Partitions = dict[str, Table]
+
+
+def read_source(source: SourceConfig) -> tuple[Partitions, Partitions, Partitions, Partitions]:
+    """Read the configured source.
+
+    Returns:
+        Partitions of exposures and interactions (none if the source has none), users and items.
+    """
+    from fathom import sources
+
+    tables = sources.read(source)
+    return (
+        _partitions(tables.exposures),
+        {} if tables.interactions is None else _partitions(tables.interactions),
+        {"users": tables.users},
+        {"items": tables.items},
+    )
+
+
+def _partitions(table: Table) -> Partitions:
+    cached = table.cache()
+    names = sorted(cached.partition.as_table().distinct().to_pyarrow()["partition"].to_pylist())
+    return {name: cached.filter(cached.partition == name).drop("partition") for name in names}

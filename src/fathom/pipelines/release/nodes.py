@@ -1,0 +1,194 @@
+"""Nodes of the release pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from fathom.config import SplitConfig
+from fathom.feature_store import FeatureStoreConfig
+from fathom.pipelines.splits import between
+from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
+
+if TYPE_CHECKING:
+    from ibis.expr.types import Table
+
+    from fathom.ranker import Ranker
+else:
+    Table = Ranker = Any
+
+
+class ReleaseConfig(BaseModel):
+    """What travels with a ranker (``params:release``).
+
+    Args:
+        golden_rows: recorded test rows that every copy of the ranker must score alike.
+        reference_rows: sampled validation rows that drift is measured against.
+        seed: of both samples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    golden_rows: int = Field(default=64, ge=1, le=10_000)
+    reference_rows: int = Field(default=20_000, ge=100)
+    seed: int = Field(default=0, ge=0)
+
+
+def write_card(
+    candidate: Ranker, metrics: dict[str, Any], slices: dict[str, Any], verdict: dict[str, Any]
+) -> str:
+    """The model card, in Markdown."""
+    from fathom.report import model_card
+
+    return model_card(candidate, metrics, slices, verdict)
+
+
+def register(
+    candidate: Ranker,
+    predictions: Table,
+    training_frame: Table,
+    metrics: dict[str, Any],
+    model_card: str,
+    split: SplitConfig,
+    config: ReleaseConfig,
+    registry: str,
+) -> dict[str, Any]:
+    """Add the candidate to the registry, with its golden requests and its reference.
+
+    Returns:
+        Its version.
+    """
+    from fathom.feature_store import frame_of
+    from fathom.ranker import rows_of_frame
+    from fathom.registry import Registry
+
+    spec = candidate.spec
+    draw = np.random.default_rng(config.seed)
+    golden = _sample(between(training_frame, split, "test"), config.golden_rows, draw)
+    frame = frame_of(golden)
+    requests = {
+        "rows": rows_of_frame(frame, spec, range(len(golden))),
+        "probabilities": candidate.score(frame).tolist(),
+    }
+    columns = dict.fromkeys(
+        [
+            *spec.keys,
+            EVENT_TIMESTAMP,
+            spec.label.name,
+            INCLUSION_PROBABILITY,
+            *(column.name for column in spec.columns),
+        ]
+    )
+    validation = between(training_frame, split, "validation").select(*columns)
+    reference = _sample(validation, config.reference_rows, draw)
+    scores = candidate.score(frame_of(reference))
+    version = Registry(Path(registry)).register(
+        lambda folder: candidate.save(
+            folder,
+            {
+                "golden.json": json.dumps(requests),
+                "reference.parquet": _parquet(reference.append_column("probability", [scores])),
+                "metrics.json": json.dumps(metrics, indent=2),
+                "model_card.md": model_card,
+            },
+        )
+    )
+    return {"version": version}
+
+
+def package(registered: dict[str, Any], registry: str) -> dict[str, Any]:
+    """Build the version's Bento, run it as a process, and compare its answers.
+
+    Returns:
+        The Bento's tag and what the dry run found.
+
+    Raises:
+        DryRunError: the built Bento does not start, or does not score as in training.
+    """
+    from fathom import packaging
+    from fathom.registry import Registry
+
+    folder = Registry(Path(registry)).path(registered["version"])
+    tag = packaging.import_ranker(folder, registered["version"])
+    bento = packaging.build_bento(tag, Path.cwd())
+    golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+    found = packaging.dry_run(bento, golden)
+    return {"tag": bento, "model": tag, "dry_run": dataclasses.asdict(found)}
+
+
+def promote(
+    registered: dict[str, Any], verdict: dict[str, Any], bento: dict[str, Any], registry: str
+) -> dict[str, Any]:
+    """Make the version champion if the gate let it pass.
+
+    Returns:
+        The version, whether it is champion, why, and who is champion now.
+    """
+    from fathom.registry import Registry
+
+    versions = Registry(Path(registry))
+    if verdict["promoted"]:
+        versions.promote(registered["version"], "; ".join(verdict["reasons"]))
+    return {
+        "version": registered["version"],
+        "promoted": verdict["promoted"],
+        "reasons": verdict["reasons"],
+        "bento_tag": bento["tag"],
+        "champion": versions.champion(),
+    }
+
+
+def publish_embeddings(
+    release: dict[str, Any],
+    online_state: dict[str, Any],
+    spec: FeatureSpec,
+    config: FeatureStoreConfig,
+    registry: str,
+) -> dict[str, Any]:
+    """Publish the champion's user and item embeddings as feature views.
+
+    Returns:
+        Rows by view; none if the candidate was not promoted or has no embeddings of the keys.
+    """
+    from fathom.feature_store import FeatureRepo
+    from fathom.registry import Registry
+
+    tables = {}
+    if release["promoted"]:
+        champion = Registry(Path(registry)).load(release["version"])
+        embedded = {c.name for _, columns in spec.tables.values() for c in columns}
+        for name, key in (
+            ("user_embeddings", spec.entities.user),
+            ("item_embeddings", spec.entities.item),
+        ):
+            if key in embedded and champion.model.deep is not None:
+                keys, vectors = champion.embeddings(key)
+                if keys:
+                    tables[name] = (key, keys, vectors)
+    if tables:
+        FeatureRepo(config, Path.cwd()).publish_embeddings(release["version"], tables)
+    return {
+        "version": release["version"],
+        "rows": {name: len(keys) for name, (_, keys, _) in tables.items()},
+    }
+
+
+def _sample(table: Table, rows: int, draw: np.random.Generator) -> Any:
+    """Rows at random, in the table's order; all if there are fewer."""
+    read = table.to_pyarrow()
+    chosen = draw.choice(len(read), size=min(rows, len(read)), replace=False)
+    return read.take(np.sort(chosen))
+
+
+def _parquet(table: Any) -> bytes:
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, coerce_timestamps="us", compression="zstd")
+    return buffer.getvalue()

@@ -1,0 +1,69 @@
+"""Candidate → registered version → Bento, proven by a dry run → champion."""
+
+from kedro.pipeline import Node, Pipeline
+
+from fathom.pipelines.release.nodes import (
+    package,
+    promote,
+    publish_embeddings,
+    register,
+    write_card,
+)
+
+
+def create_pipeline() -> Pipeline:
+    """Promote the candidate if the gate and the built Bento agree."""
+    return Pipeline(
+        [
+            Node(
+                write_card,
+                name="write_card",
+                inputs=["candidate", "metrics", "slices", "verdict"],
+                outputs="model_card",
+                tags="release",
+            ),
+            Node(
+                register,
+                name="register",
+                inputs=[
+                    "candidate",
+                    "predictions",
+                    "training_frame",
+                    "metrics",
+                    "model_card",
+                    "params:split",
+                    "params:release",
+                    "params:registry",
+                ],
+                outputs="registered",
+                tags="release",
+            ),
+            Node(
+                package,
+                name="package",
+                inputs=["registered", "params:registry"],
+                outputs="bento",
+                tags="release",
+            ),
+            Node(
+                promote,
+                name="promote",
+                inputs=["registered", "verdict", "bento", "params:registry"],
+                outputs="release",
+                tags="release",
+            ),
+            Node(
+                publish_embeddings,
+                name="publish_embeddings",
+                inputs=[
+                    "release",
+                    "online_state",
+                    "params:features",
+                    "params:feature_store",
+                    "params:registry",
+                ],
+                outputs="published_embeddings",
+                tags="release",
+            ),
+        ]
+    )

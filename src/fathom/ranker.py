@@ -1,0 +1,302 @@
+"""The ranker: an artifact that alone can score.
+
+A folder of plain files; nothing in it is code, and nothing is unpickled:
+
+=======================  =======================================================================
+``spec.json``            the feature spec the model was trained with
+``vocabularies.json``    known values, in the order of their ids
+``encoder.safetensors``  quantiles and cross keys
+``weights.safetensors``  the model
+``ranker.json``          model settings, provenance, metrics
+``golden.json``          recorded requests and the probabilities they must return
+``reference.parquet``    a sample of scored exposures that drift is measured against
+``model_card.md``        the same for people
+``manifest.json``        the version and the SHA-256 of every other file
+=======================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fathom import files
+from fathom.batch import Batch, Ragged
+from fathom.config import TrainingConfig
+from fathom.encoding import Encoder, Frame, Values, with_ratios
+from fathom.models import Inputs, Model, build
+from fathom.spec import FeatureSpec
+from fathom.training import score
+
+MANIFEST = "manifest.json"
+#: How far a reloaded or served probability may be from the one at training time.
+TOLERANCE = 1e-6
+
+
+class ArtifactError(RuntimeError):
+    """An artifact is incomplete, changed or unreadable; the message lists every fault."""
+
+    def __init__(self, folder: Path, faults: Sequence[str]) -> None:
+        super().__init__(f"{folder}: {'; '.join(faults)}; restore it from a backup or train again")
+
+
+class RowError(ValueError):
+    """Rows of raw features do not fit the spec; ``faults`` lists all, by row and field."""
+
+    def __init__(self, faults: list[dict[str, Any]]) -> None:
+        self.faults = faults
+        super().__init__(
+            "; ".join(f"row {f['row']}: {f['field']}: {f['fault']}" for f in faults[:20])
+        )
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Encoder and model, and where they come from.
+
+    Args:
+        provenance: seed, data hash, code version, hardware, the span of the training data.
+    """
+
+    encoder: Encoder
+    model: Model
+    config: TrainingConfig
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def version(self) -> str:
+        """The day the training data end, and 12 digits of the hash of encoder and weights.
+
+        The same training gives the same version, on any machine that computes the same weights.
+        """
+        digest = hashlib.sha256(self.encoder.fingerprint.encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+        day = str(self.provenance.get("trained_until", "undated"))[:10].replace("-", "")
+        return f"{day}-{digest.hexdigest()[:12]}"
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The spec the model was trained with; serving and monitoring read this copy."""
+        return self.encoder.spec
+
+    def score(self, frame: Frame) -> NDArray[np.float64]:
+        """Probabilities (for regression: predicted values) of N rows, shape (N,).
+
+        Raises:
+            FrameError: the frame does not fit the spec.
+        """
+        return self.score_batch(self.encoder.encode(frame))
+
+    def score_batch(self, batch: Batch) -> NDArray[np.float64]:
+        """`score` of examples that its encoder has encoded already."""
+        logits = score(self.model, batch).astype(np.float64)
+        return sigmoid(logits) if self.spec.task == "binary" else logits
+
+    @torch.no_grad()
+    def explain(self, frame: Frame) -> dict[str, NDArray[np.float64]]:
+        """The exact parts of each logit.
+
+        Returns:
+            ``bias`` and ``deep``, shape (N,), and one entry for each wide slot by its name, shape
+            (N,). They sum to the logit.
+        """
+        parts = self.model.contributions(Inputs.of(self.encoder.encode(frame)))
+        wide = parts.wide.double().numpy()
+        slots = self.encoder.wide_slots if wide.shape[1] else ()
+        return {
+            "bias": np.full(len(wide), float(parts.bias)),
+            "deep": parts.deep.double().numpy(),
+            **{name: wide[:, i] for i, name in enumerate(slots)},
+        }
+
+    def embeddings(self, column: str) -> tuple[list[str], NDArray[np.float32]]:
+        """Learned vectors of a column's known values: R keys, (R, D) float32.
+
+        Raises:
+            KeyError: the deep part has no embedding of that column.
+        """
+        tables = {c.name: name for name, (_, cs) in self.spec.tables.items() for c in cs}
+        if self.model.deep is None or column not in tables:
+            raise KeyError(f"{column}: this ranker has no embedding of it; it has {list(tables)}")
+        vocabulary = self.encoder.tables[tables[column]]
+        weights = self.model.state_dict()[f"deep.embeddings.tables.{tables[column]}.weight"]
+        return list(vocabulary.values), weights[-len(vocabulary.values) or len(weights) :].numpy()
+
+    def save(self, folder: Path, extra: Mapping[str, bytes | str] | None = None) -> str:
+        """Write the artifact; returns its version.
+
+        Args:
+            folder: a new or empty folder (see `fathom.registry` for atomic registration).
+            extra: more files by name, such as ``golden.json``.
+        """
+        from safetensors.torch import save_file
+
+        self.encoder.save(folder)
+        weights = {n: w.detach().cpu().contiguous() for n, w in self.model.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
+        described = {
+            "version": self.version,
+            "training": self.config.as_dict(),
+            "spec_hash": self.spec.hash,
+            "provenance": self.provenance,
+        }
+        files.write_json(folder / "ranker.json", described)
+        for name, content in (extra or {}).items():
+            data = content.encode() if isinstance(content, str) else content
+            (folder / name).write_bytes(data)
+        hashes = {p.name: files.sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+        files.write_json(folder / MANIFEST, {"version": self.version, "files": hashes})
+        return self.version
+
+    @classmethod
+    def load(cls, folder: Path) -> Ranker:
+        """Read an artifact after checking every file against the manifest.
+
+        Raises:
+            ArtifactError: files are missing or changed; names all of them.
+        """
+        from safetensors.torch import load_file
+
+        verify(folder)
+        described = json.loads((folder / "ranker.json").read_text(encoding="utf-8"))
+        encoder = Encoder.load(folder)
+        config = TrainingConfig(**described["training"])
+        model = build(encoder.layout, config)
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+        model.eval()
+        return cls(encoder, model, config, described["provenance"])
+
+
+def verify(folder: Path) -> str:
+    """Check an artifact's files against its manifest; returns its version.
+
+    Raises:
+        ArtifactError: the manifest or files are missing or changed; names all of them.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        hashes, version = dict(manifest["files"]), str(manifest["version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(folder, [f"{MANIFEST} cannot be read ({error})"]) from error
+    faults = []
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+        elif files.sha256(folder / name) != expected:
+            faults.append(f"{name} does not have the SHA-256 of the manifest")
+    if faults:
+        raise ArtifactError(folder, faults)
+    return version
+
+
+def sigmoid(logit: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 / (1 + exp(-logit)), without overflow.
+
+    >>> sigmoid(np.array([0.0, -1000.0])).tolist()
+    [0.5, 0.0]
+    """
+    small = np.exp(-np.abs(logit))
+    return np.where(logit >= 0, 1.0, small) / (1.0 + small)
+
+
+def frame_of_rows(rows: Sequence[Mapping[str, Any]], spec: FeatureSpec) -> dict[str, Values]:
+    """Rows of raw features, as a request carries them, to a frame.
+
+    Every column of the spec must be there, but for ratios, which are computed. ``None`` is a
+    missing value. Numbers must be finite.
+
+    Raises:
+        RowError: lists every fault by row and field.
+    """
+    faults: list[dict[str, Any]] = []
+    frame: dict[str, Values] = {}
+    known = {column.name for column in spec.columns}
+    for i, row in enumerate(rows):
+        for name in sorted(set(row) - known):
+            faults.append({"row": i, "field": name, "fault": "is no column of this model's spec"})
+    for column in spec.columns:
+        if column.ratio is not None:
+            continue
+        values = []
+        for i, row in enumerate(rows):
+            value, fault = _checked(column.kind, row, column.name)
+            values.append(value)
+            if fault is None and column.values and isinstance(value, str):
+                if value not in column.values:
+                    fault = f"is {value!r}; it must be one of {list(column.values)}"
+            if fault:
+                faults.append({"row": i, "field": column.name, "fault": fault})
+        if not faults:
+            frame[column.name] = _array(column.kind, values)
+    if faults:
+        raise RowError(faults)
+    return with_ratios(frame, spec)
+
+
+def rows_of_frame(frame: Frame, spec: FeatureSpec, index: Sequence[int]) -> list[dict[str, Any]]:
+    """Chosen rows of a frame as `frame_of_rows` takes them; values survive JSON unchanged."""
+    rows: list[dict[str, Any]] = []
+    for i in index:
+        row: dict[str, Any] = {}
+        for column in spec.columns:
+            if column.ratio is None:
+                row[column.name] = _plain(frame[column.name], i)
+        rows.append(row)
+    return rows
+
+
+def _plain(values: Values, i: int) -> Any:
+    if isinstance(values, Ragged):
+        return values.values[values.offsets[i] : values.offsets[i + 1]].tolist()
+    value = values[i]
+    if isinstance(value, np.floating | np.integer):
+        return None if np.isnan(value) else float(value)
+    return value
+
+
+def _checked(kind: str, row: Mapping[str, Any], name: str) -> tuple[Any, str | None]:
+    if name not in row:
+        return None, "is missing; give null if it is not known"
+    value = row[name]
+    if kind in {"multi", "sequence"}:
+        if value is None:
+            return [], None
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            return [], f"is {_shown(value)}; it must be a list of strings"
+        return value, None
+    if value is None:
+        return None, None
+    if kind == "categorical":
+        if not isinstance(value, str):
+            return None, f"is {_shown(value)}; it must be a string"
+        return value, None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None, f"is {_shown(value)}; it must be a number"
+    if not np.isfinite(np.float32(value)):
+        return None, f"is {_shown(value)}; it must be a finite number below 3.4e38"
+    return value, None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _array(kind: str, values: list[Any]) -> Values:
+    if kind in {"multi", "sequence"}:
+        return Ragged.of(values)
+    if kind == "numeric":
+        return np.array([np.nan if v is None else v for v in values], np.float32)
+    texts = np.empty(len(values), object)
+    texts[:] = values
+    return texts

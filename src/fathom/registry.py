@@ -1,0 +1,148 @@
+"""Versions of rankers, and the one pointer that names the champion.
+
+::
+
+    registry/
+      versions/<version>/…   immutable artifacts (`fathom.ranker`)
+      champion.json          the champion and those it replaced, the newest last
+      history.jsonl          every change of the champion, who asked and why
+      .lock                  held while any of this changes
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from fathom import files
+from fathom.ranker import Ranker, verify
+
+
+class RegistryError(RuntimeError):
+    """The registry cannot do what was asked; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A folder of ranker versions. Reading needs no lock."""
+
+    folder: Path
+
+    def versions(self) -> list[str]:
+        """All complete versions, by name."""
+        folder = self.folder / "versions"
+        if not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+    def champion(self) -> str | None:
+        """The version in charge, or None before the first promotion."""
+        stack = self._stack()
+        return stack[-1] if stack else None
+
+    def path(self, version: str) -> Path:
+        """Folder of a version.
+
+        Raises:
+            RegistryError: there is no such version; the message lists those there are.
+        """
+        if version not in self.versions():
+            raise RegistryError(f"no version {version!r}; there are {self.versions()}")
+        return self.folder / "versions" / version
+
+    def load(self, version: str) -> Ranker:
+        """Read and verify a version."""
+        return Ranker.load(self.path(version))
+
+    def register(self, write: Callable[[Path], str]) -> str:
+        """Add a version: ``write`` fills a folder and returns the version's name.
+
+        The folder appears complete or not at all. Registering the same content again is no error
+        and changes nothing.
+        """
+        with self._locked():
+            staging = self.folder / "versions" / f".staging-{os.getpid()}"
+            with files.replacing(staging) as temporary:
+                temporary.mkdir()
+                version = write(temporary)
+            target = self.folder / "versions" / version
+            if target.exists():
+                verify(target)
+                _remove(staging)
+            else:
+                staging.rename(target)
+            return version
+
+    def promote(self, version: str, reason: str, by: str = "pipeline") -> None:
+        """Make a version the champion, after checking its files.
+
+        Raises:
+            RegistryError: there is no such version.
+            ArtifactError: its files are missing or changed.
+        """
+        verify(self.path(version))
+        with self._locked():
+            stack = self._stack()
+            if stack and stack[-1] == version:
+                return
+            self._point([*stack, version], "promote", reason, by)
+
+    def rollback(self, reason: str, by: str = "operator") -> str:
+        """Put the champion's predecessor back in charge; returns its version.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        with self._locked():
+            stack = self._stack()
+            if len(stack) < 2:
+                raise RegistryError(
+                    f"champion {stack[-1] if stack else None} has no predecessor to roll back to"
+                )
+            verify(self.path(stack[-2]))
+            self._point(stack[:-1], "rollback", reason, by)
+            return stack[-2]
+
+    def _stack(self) -> list[str]:
+        try:
+            text = (self.folder / "champion.json").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        return [str(version) for version in json.loads(text)["champions"]]
+
+    def _point(self, stack: list[str], action: str, reason: str, by: str) -> None:
+        """The history first: a crash between the two leaves a note, never a silent change."""
+        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        entry = {"at": moment, "action": action, "version": stack[-1], "by": by, "reason": reason}
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        files.write_json(
+            self.folder / "champion.json",
+            {"version": stack[-1], "since": moment, "reason": reason, "champions": stack},
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RegistryError(
+                    f"{self.folder} is being changed by another process; try again later"
+                ) from error
+            yield
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()

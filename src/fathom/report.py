@@ -1,0 +1,148 @@
+"""What people read: the model card and the closing table of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fathom.ranker import Ranker
+
+_BINARY = ("auc", "logloss", "user_auc", "ndcg_at_10", "calibration")
+_REGRESSION = ("rmse", "mae", "ndcg_at_10", "calibration")
+
+
+def model_card(
+    candidate: Ranker,
+    metrics: Mapping[str, Any],
+    slices: Mapping[str, Any],
+    verdict: Mapping[str, Any],
+) -> str:
+    """A ranker described for people, in Markdown.
+
+    Args:
+        metrics: by model, on the test window. slices: the candidate's, by slice.
+        verdict: of the gate.
+    """
+    spec, made = candidate.spec, candidate.provenance
+    crosses = ", ".join(f"`{cross.name}`" for cross in spec.crosses) or "none"
+    reasons = "\n".join(f"- {reason}" for reason in verdict["reasons"])
+    left_out = ", ".join(f"{name} ({rows})" for name, rows in slices["left_out"].items()) or "none"
+    return f"""# Model card: ranker {candidate.version}
+
+**What it is.** A `{candidate.config.model}` model that ranks `{spec.entities.item}` for
+`{spec.entities.user}` by the probability of `{spec.label.name}` ({spec.task} task). Wide & Deep
+(Cheng et al. 2016): a linear part over crosses and a deep part over embeddings, trained jointly.
+
+**Not for** decisions about people, nor for items or contexts unlike those it was trained on.
+
+## Training
+
+| | |
+|---|---|
+| exposures | {made["rows"]["train"]:,} from {made["trained_from"]} to {made["trained_until"]} |
+| parameters | {made["parameters"]:,} |
+| wide weights that are zero | {_share(made.get("wide_zero_share"))} |
+| best epoch | {made["best_epoch"]} |
+| seed | {made["seed"]} |
+| features | {len(spec.columns)} columns; crosses: {crosses} |
+| data SHA-256 | `{made["data_hash"]}` |
+| spec SHA-256 | `{spec.hash}` |
+| code | fathom {made["code_version"]} |
+| hardware | {made["hardware"]} |
+
+## Test window
+
+Exposures after the validation window, never looked at by training or tuning.
+
+{metrics_table(metrics)}
+
+## Slices
+
+{metrics_table(slices["metrics"])}
+
+Too small to tell: {left_out}.
+
+## Gate
+
+{"Promoted." if verdict["promoted"] else "Not promoted."}
+
+{reasons}
+
+## Limits
+
+Labels are observed for shown items only, so the model inherits what earlier rankings chose to show.
+Where negatives were sampled, probabilities are those of the sampled log; weigh by the recorded
+inclusion probability to calibrate back.
+"""
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics by row as a Markdown table.
+
+    >>> print(metrics_table({"a": {"rmse": 0.5, "mae": 0.25, "rows": 7}}))
+    | | rows | rmse | mae | ndcg_at_10 | calibration |
+    |---|---|---|---|---|---|
+    | a | 7 | 0.5000 | 0.2500 | – | – |
+    """
+    if not metrics:
+        return "None."
+    names = _names(metrics)
+    lines = [f"| | rows | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for row, values in metrics.items():
+        cells = " | ".join(_cell(values.get(name)) for name in names)
+        lines.append(f"| {row} | {values.get('rows', 0):,} | {cells} |")
+    return "\n".join(lines)
+
+
+def closing_table(summary: Mapping[str, Any], pages: Mapping[str, str]) -> str:
+    """The end of a run in a terminal: rows, metrics, verdicts, times and where to look.
+
+    Args:
+        summary: ``run_summary.json``.
+        pages: what can be opened, by name.
+    """
+    rows, sizes, metrics = summary["rows"], summary["sizes"], summary["metrics"]
+    names = _names(metrics)
+    width = max(24, *(len(name) for name in metrics)) + 2
+    lines = [
+        "",
+        f"rows        {rows['in']:,} in = {rows['clean']:,} clean + {rows['quarantined']:,} "
+        f"quarantined + {rows['duplicates']:,} duplicates",
+        f"exposures   {sizes['train']:,} train, {sizes['validation']:,} validation, "
+        f"{sizes['test']:,} test",
+        "",
+        "test window".ljust(width) + "".join(name.rjust(13) for name in names),
+    ]
+    for name, values in metrics.items():
+        cells = "".join(_cell(values.get(metric)).rjust(13) for metric in names)
+        lines.append(name.ljust(width) + cells)
+    gate, drift = summary["gate"], summary["drift"]
+    failed = [reason for reason in gate["reasons"] if not reason.startswith("pass")]
+    seconds = summary["seconds"]
+    stages = ", ".join(f"{stage} {took:.0f}" for stage, took in seconds.items() if stage != "total")
+    lines += [
+        "",
+        f"version     {summary['version']} ({summary['model']}, seed {summary['seed']}), "
+        f"bento {summary['bento_tag']}",
+        f"gate        {'promoted' if gate['promoted'] else 'not promoted: ' + '; '.join(failed)}",
+        f"drift       {'retrain' if drift['retrain'] else 'no retraining'}"
+        + (f": {'; '.join(drift['reasons'])}" if drift["reasons"] else ""),
+        f"seconds     {seconds['total']:.0f}: {stages}",
+        f"memory      {summary['peak_memory_mb']:,} MB at the peak",
+        "",
+        *(f"{name.ljust(11)} {path}" for name, path in pages.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _names(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    return _REGRESSION if any("rmse" in values for values in metrics.values()) else _BINARY
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "no wide part" if value is None else f"{value:.1%}"

@@ -1,0 +1,421 @@
+"""The ranking service: a ranker's artifact behind HTTP.
+
+``/rank``, ``/predict``, ``/model`` and the OpenAPI document are a small ASGI application inside a
+BentoML service, which adds health checks, metrics, a time-out and a limit of requests at once.
+`fathom.api` says what requests may hold. Bodies are bounded before they are parsed, and whatever
+takes longer than reading one runs on a thread of its own, so that health checks always answer.
+
+Environment
+    ``FATHOM_FEATURE_STORE``  where ``/rank`` finds features: JSON of `FeatureStoreConfig` and its
+                              ``root``. It is opened in the background, because Feast alone takes
+                              ten seconds to import; until then ``/rank`` answers 503.
+    ``FATHOM_RANKER``         folder of an artifact, for a service that is not in a Bento.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fathom import api
+from fathom.batch import Ragged
+from fathom.spec import Column, FeatureSpec
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
+    from fathom.encoding import Values
+    from fathom.online import OnlineFeatures
+
+#: Alias of the one model that a Bento carries, whose version the Bento pins.
+ALIAS = "ranker"
+RANKER, FEATURE_STORE = "FATHOM_RANKER", "FATHOM_FEATURE_STORE"
+RETRY_SECONDS = 10
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+# A child of BentoML's logger, which is the one that its server formats and prints.
+log = logging.getLogger("bentoml.fathom")
+Answer = dict[str, Any]
+
+
+class OnlineStore:
+    """The feature store of a service, opened in the background and tried again if that fails.
+
+    ``state`` is ``absent``, ``opening``, ``ready`` or ``failed``.
+    """
+
+    def __init__(self, settings: str | None, spec: FeatureSpec) -> None:
+        self.features: OnlineFeatures | None = None
+        self.state = "opening" if settings else "absent"
+        self._closed = threading.Event()
+        if settings:
+            from fathom.feature_store import FeatureRepo, FeatureStoreConfig
+
+            found = json.loads(settings)
+            root = Path(found.pop("root"))
+            repo = FeatureRepo(FeatureStoreConfig(**found), root)
+            threading.Thread(target=self._open, args=(repo, spec), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop trying."""
+        self._closed.set()
+
+    def require(self) -> OnlineFeatures:
+        """The features, or the reason to refuse a request that needs them.
+
+        Raises:
+            RefusedError: status 503.
+        """
+        if self.features is not None:
+            return self.features
+        reason = {
+            "absent": f"this service has no feature store; set {FEATURE_STORE} and start it again",
+            "opening": "the feature store is being opened; try again",
+            "failed": "the feature store cannot be opened, see the service's log; try again",
+        }[self.state]
+        headers = {} if self.state == "absent" else {"Retry-After": str(RETRY_SECONDS)}
+        raise api.RefusedError(503, f"{reason} (/predict takes rows of features)", headers=headers)
+
+    def _open(self, repo: Any, spec: FeatureSpec) -> None:
+        started = time.monotonic()
+        while not self._closed.is_set():
+            try:
+                from fathom.online import OnlineFeatures
+
+                self.features = OnlineFeatures.open(repo, spec)
+                self.state = "ready"
+                log.info("feature store opened after %.1f s", time.monotonic() - started)
+                return
+            except Exception:
+                self.state = "failed"
+                log.exception("%s: the feature store cannot be opened", repo.folder)
+                self._closed.wait(RETRY_SECONDS)
+
+
+class Ranking:
+    """One ranker and what it answers. Its methods run on its one scoring thread."""
+
+    def __init__(self, folder: Path, feature_store: str | None) -> None:
+        from fathom.ranker import Ranker, verify
+
+        self.version = verify(folder)
+        self.ranker = Ranker.load(folder)
+        self.store = OnlineStore(feature_store, self.ranker.spec)
+        self.thread = ThreadPoolExecutor(1, "scoring")
+        self._examples = api.recorded_rows(folder) or [api.example_row(self.ranker.spec)]
+        log.info("ranker %s loaded from %s", self.version, folder)
+
+    def close(self) -> None:
+        """Give up what is waiting, and the background work."""
+        self.store.close()
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def predict(self, body: bytes) -> Answer:
+        """Score rows of raw features."""
+        rows = api.parse(api.PredictRequest, body).rows
+        frame = _frame(rows, self.ranker.spec, "rows[{}]")
+        _bound_crosses(frame, self.ranker.spec)
+        return {"probabilities": self.ranker.score(frame).tolist()}
+
+    def rank(self, body: bytes) -> Answer:
+        """Look up the features of candidates, score and sort them."""
+        spec = self.ranker.spec
+        request = api.parse(api.RankRequest, body)
+        faults: list[dict[str, str]] = []
+        moment = api.moment_of(request.timestamp, faults)
+        candidates = _candidates(request, spec, faults)
+        if faults:
+            raise api.refused(faults)
+        features = self.store.require()
+        frame, known = features.frame(request.user, request.context, candidates, moment)
+        _bound_crosses(frame, spec)
+        probabilities = self.ranker.score(frame)
+        order = np.argsort(-probabilities, kind="stable").tolist()
+        scores = probabilities.tolist()
+        key = spec.entities.item
+        items: list[Answer] = [
+            {"item": candidates[i][key], "probability": scores[i]} for i in order
+        ]
+        if request.explain:
+            parts = self.ranker.explain(frame)
+            for item, i in zip(items, order, strict=True):
+                item["explanation"] = _explanation({n: float(p[i]) for n, p in parts.items()})
+        unknown = int((~known.items).sum())
+        ranked, unknown_items, unknown_users = _counters()
+        ranked.inc(len(items))
+        unknown_items.inc(unknown)
+        unknown_users.inc(not known.user)
+        return {"user_known": known.user, "unknown_items": unknown, "items": items}
+
+    def model(self, _: bytes) -> Answer:
+        """Say what is being served."""
+        spec = self.ranker.spec
+        return {
+            "spec_hash": spec.hash,
+            "task": spec.task,
+            "entities": spec.entities.model_dump(),
+            "columns": [_described(column, spec) for column in spec.columns],
+            "crosses": [cross.name for cross in spec.crosses],
+            "training": self.ranker.config.as_dict(),
+            "provenance": self.ranker.provenance,
+            "feature_store": self.store.state,
+            "limits": {
+                "body_bytes": api.MAX_BODY_BYTES,
+                "candidates": api.MAX_CANDIDATES,
+                "rows": api.MAX_ROWS,
+                "values": api.MAX_VALUES,
+            },
+        }
+
+    def openapi(self, _: bytes) -> Answer:
+        """The OpenAPI document."""
+        return api.openapi(self.ranker.spec, self.version, self._examples)
+
+
+# -- HTTP ----------------------------------------------------------------------------------------
+
+
+def _endpoint(
+    method: Callable[[Ranking, bytes], Answer], stamped: bool = True
+) -> Callable[[Request], Awaitable[Response]]:
+    """Read a bounded body, answer on the scoring thread, in JSON, whatever happens."""
+
+    async def handle(request: Request) -> Response:
+        ranking: Ranking = request.app.state.ranking
+        given = request.headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        stamp = {"version": ranking.version, "request_id": request_id}
+        headers = {"X-Fathom-Version": ranking.version, "X-Request-ID": request_id}
+
+        def answer(body: bytes) -> bytes:
+            return _json((stamp if stamped else {}) | method(ranking, body))
+
+        status = 200
+        try:
+            body = await _read(request)
+            content = await asyncio.get_running_loop().run_in_executor(ranking.thread, answer, body)
+        except api.RefusedError as error:
+            status, content, headers = error.status, _json(stamp | error.answer), headers
+            headers |= error.headers
+        except ClientDisconnect:
+            status, content = 400, _json(stamp | {"error": "the client left"})
+        except Exception:
+            log.exception("request %s failed", request_id)
+            reason = "a fault of the service; its log says more under this request_id"
+            status, content = 500, _json(stamp | {"error": reason})
+        return Response(content, status, headers, "application/json")
+
+    return handle
+
+
+async def _read(request: Request) -> bytes:
+    """The body, but never more than the bound of it: by what it declares, and by what comes."""
+    declared = request.headers.get("content-length", "0")
+    body = bytearray()
+    if declared.isdigit() and int(declared) <= api.MAX_BODY_BYTES:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > api.MAX_BODY_BYTES:
+                break
+        else:
+            return bytes(body)
+    raise api.RefusedError(
+        413,
+        f"the body has {declared if not body else 'more than ' + str(api.MAX_BODY_BYTES)} bytes; "
+        f"at most {api.MAX_BODY_BYTES} are allowed, so split the request",
+        # The rest of the body is not read, so the connection cannot be used again.
+        headers={"Connection": "close"},
+    )
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    """What the router refuses (a wrong method), in JSON too."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+app = Starlette(
+    routes=[
+        Route("/rank", _endpoint(Ranking.rank), methods=["POST"]),
+        Route("/predict", _endpoint(Ranking.predict), methods=["POST"]),
+        Route("/model", _endpoint(Ranking.model), methods=["GET"]),
+        # In place of BentoML's own, which would not know of these routes.
+        Route("/docs.json", _endpoint(Ranking.openapi, stamped=False), methods=["GET"]),
+    ],
+    exception_handlers={HTTPException: _refuse},
+)
+
+
+@bentoml.service(
+    name="fathom",
+    workers=1,
+    traffic={"timeout": 30, "max_concurrency": 64},
+    logging={"access": {"enabled": False}},
+)
+@bentoml.asgi_app(app)
+class RankingService:
+    """BentoML's side: where the ranker is, and when the service is ready."""
+
+    def __init__(self) -> None:
+        self.ranking = Ranking(ranker_folder(), os.environ.get(FEATURE_STORE))
+        app.state.ranking = self.ranking
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def verify() -> None:
+        """Refuse to start with a damaged artifact, before a worker is started again and again."""
+        from fathom.ranker import verify
+
+        verify(ranker_folder())
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    def close(self) -> None:
+        """Stop background work."""
+        self.ranking.close()
+
+    def __is_ready__(self) -> bool:
+        """Ready when ``/predict`` works and the feature store, if any, has been tried once."""
+        return self.ranking.store.state != "opening"
+
+
+def ranker_folder() -> Path:
+    """The artifact to serve: the one that the Bento pins, or else ``FATHOM_RANKER``.
+
+    Raises:
+        RuntimeError: there is neither.
+    """
+    service: Any = RankingService  # which the decorator has made of the class
+    if service.bento is None and RANKER in os.environ:
+        return Path(os.environ[RANKER])
+    try:
+        return Path(bentoml.models.get(ALIAS).path)
+    except bentoml.exceptions.NotFound as error:
+        raise RuntimeError(
+            f"no ranker to serve: serve a Bento (make serve), or set {RANKER} to an artifact's "
+            "folder"
+        ) from error
+
+
+# -- parts of requests and answers ---------------------------------------------------------------
+
+
+def _candidates(
+    request: api.RankRequest, spec: FeatureSpec, faults: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Each candidate's item key and own context, after checking all context against the spec."""
+    columns = {column.name: column for column in spec.raw_columns("context")}
+    shared = request.context
+    both = [(c, {}) if isinstance(c, str) else (c.item, c.context) for c in request.candidates]
+    places = {"context": shared}
+    places |= {f"candidates[{i}].context": own for i, (_, own) in enumerate(both) if own}
+    for place, own in places.items():
+        fault = f"is no context column; remove it (there are {list(columns)})"
+        faults += [{"field": f"{place}.{n}", "fault": fault} for n in own if n not in columns]
+    # A column may be left out of the shared context if each candidate has its own value of it.
+    own_names = {name for _, own in both for name in own}
+    given = [c for c in columns.values() if c.name in shared or not own_names]
+    _check(given, [shared], spec, "context", faults)
+    if own_names and not faults:
+        left = [c for c in columns.values() if c.name in own_names or c.name not in shared]
+        _check(left, [shared | own for _, own in both], spec, "candidates[{}].context", faults)
+    return [{spec.entities.item: item, **own} for item, own in both]
+
+
+def _check(
+    columns: Sequence[Column],
+    rows: Sequence[Mapping[str, Any]],
+    spec: FeatureSpec,
+    place: str,
+    faults: list[dict[str, str]],
+) -> None:
+    """Check some columns' values as those of whole rows are checked."""
+    part = spec.model_copy(update={"columns": tuple(columns)})
+    chosen = [{c.name: row[c.name] for c in columns if c.name in row} for row in rows]
+    try:
+        _frame(chosen, part, place)
+    except api.RefusedError as error:
+        faults += error.faults
+
+
+def _frame(rows: Sequence[Mapping[str, Any]], spec: FeatureSpec, place: str) -> dict[str, Values]:
+    """Rows to a frame. ``place`` is where a row stands in the request, ``{}`` for its number."""
+    from fathom.ranker import RowError, frame_of_rows
+
+    faults = api.list_faults(rows, spec.columns, place)
+    try:
+        if not faults:
+            return frame_of_rows(rows, spec)
+    except RowError as error:
+        faults = [
+            {"field": f"{place.format(f['row'])}.{f['field']}", "fault": f["fault"]}
+            for f in error.faults
+        ]
+    except OverflowError:
+        fault = "holds a whole number beyond 1e308; numbers must be below 3.4e38"
+        faults = [{"field": place.partition("[")[0], "fault": fault}]
+    raise api.refused(faults)
+
+
+def _bound_crosses(frame: Mapping[str, Values], spec: FeatureSpec) -> None:
+    """Refuse what would make too many combinations in a cross of several lists."""
+    for cross in spec.crosses:
+        lists = {name: part for name in cross.columns if isinstance(part := frame[name], Ragged)}
+        if len(lists) > 1:
+            made = int(np.prod([part.lengths for part in lists.values()], axis=0).sum())
+            if made > api.MAX_COMBINATIONS:
+                fault = (
+                    f"make {made:,} combinations; at most {api.MAX_COMBINATIONS:,} are allowed, "
+                    "so shorten the lists or split the request"
+                )
+                raise api.refused([{"field": " and ".join(lists), "fault": fault}])
+
+
+def _explanation(parts: dict[str, float]) -> Answer:
+    logit, bias, deep = sum(parts.values()), parts.pop("bias"), parts.pop("deep")
+    return {"logit": logit, "bias": bias, "deep": deep, "wide": parts}
+
+
+def _described(column: Column, spec: FeatureSpec) -> Answer:
+    return {
+        "name": column.name,
+        "kind": column.kind,
+        "owner": spec.owner(column.name),
+        "source": "aggregate" if column.aggregate else "ratio" if column.ratio else "raw",
+        "values": list(column.values) if column.values else None,
+        "description": column.description,
+    }
+
+
+def _json(answer: Answer) -> bytes:
+    return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
+
+
+@cache
+def _counters() -> tuple[Counter, Counter, Counter]:
+    """Made late: BentoML's server says where metrics go only after it has loaded this module."""
+    from prometheus_client import Counter
+
+    return (
+        Counter("fathom_ranked_items", "Candidates ranked"),
+        Counter("fathom_unknown_items", "Candidates that the feature store does not know"),
+        Counter("fathom_unknown_users", "Requests of users that the feature store does not know"),
+    )

@@ -1,0 +1,41 @@
+"""Sources: one short module per data set, raw files in, canonical tables out.
+
+A new data set is one module with a settings class, whose ``type`` names it and whose ``read()``
+gives `CanonicalTables`, and one line in `SourceConfig`. Where plain tables will do, `tables` needs
+neither.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, RootModel
+
+from fathom.sources.canonical import PARTITION, UNREADABLE, CanonicalTables, SourceError
+from fathom.sources.complete_journey import CompleteJourney
+from fathom.sources.movielens import MovieLens
+from fathom.sources.tables import Tables
+
+__all__ = ["PARTITION", "UNREADABLE", "CanonicalTables", "SourceConfig", "SourceError", "read"]
+
+
+class SourceConfig(
+    RootModel[
+        Annotated[
+            CompleteJourney | MovieLens | Tables,
+            Field(discriminator="type"),
+        ]
+    ]
+):
+    """``params:source``: the settings of one source, chosen by ``type``."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+def read(config: SourceConfig) -> CanonicalTables:
+    """Read the configured source.
+
+    Raises:
+        SourceError: what is missing or unreadable, all of it together.
+    """
+    return config.root.read()
