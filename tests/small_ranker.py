@@ -1,6 +1,6 @@
 """A small shop with a real feature store and a real ranker, for the tests of serving.
 
-Twelve users buy forty items for thirty days. Even users like tea, odd ones coffee.
+Twelve users buy from forty items for twenty days. Even users like tea, odd ones coffee.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fathom.batch import Batch
+from fathom import features
+from fathom.batch import Ragged
 from fathom.config import TrainingConfig
-from fathom.encoding import complete, fit_encoder
+from fathom.encoding import fit_encoder, with_ratios
 from fathom.feature_store import (
     FeatureRepo,
     FeatureStoreConfig,
-    frame_of,
+    is_packable,
+    packed_name,
     write_parquet,
 )
 from fathom.ranker import Ranker, rows_of_frame
 from fathom.spec import FeatureSpec
+from fathom.training import train
 
 START = datetime(2024, 1, 1, tzinfo=timezone.utc)
-DAYS, USERS, ITEMS = 30, 12, 40
+DAYS, USERS, ITEMS, GOLDEN = 20, 12, 40, 20
 GENRES = ["coffee", "tea"]
 
 SPEC = FeatureSpec.model_validate(
@@ -89,95 +92,68 @@ def genre_of(item: int) -> str:
 
 
 def tables() -> dict[str, pa.Table]:
-    """Canonical users, items, interactions and exposures."""
+    """Canonical users, items and interactions."""
     random = np.random.default_rng(7)
     stamp = pa.timestamp("us", "UTC")
-    before = START - timedelta(days=1)
-    exposures: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            *("request_id", "user_id", "item_id", "event_timestamp", "arrival_timestamp"),
-            *("shelf", "shop", "discount", "bought", "inclusion_probability"),
-        )
-    }
-    for request in range(DAYS * USERS):
-        user, day = request % USERS, request // USERS
-        moment = START + timedelta(days=day, hours=12, minutes=user)
-        for item in random.choice(ITEMS, 6, replace=False).tolist():
-            likes = genre_of(item) == GENRES[1 - user % 2]
-            row = (
-                *(f"r{request}", f"u{user}", f"i{item}", moment, moment),
-                *(["low", "top"][request % 2], f"shop{user % 3}", float(item % 5) / 10),
-                *(int(random.random() < (0.7 if likes else 0.1)), 1.0),
-            )
-            for name, value in zip(exposures, row, strict=True):
-                exposures[name].append(value)
-    schema = {"event_timestamp": stamp, "arrival_timestamp": stamp}
-    log = pa.table({n: pa.array(v, schema.get(n)) for n, v in exposures.items()})
-    positive = pa.array([label == 1 for label in exposures["bought"]])
+    bought: dict[str, list[Any]] = {"user_id": [], "item_id": [], "event_timestamp": []}
+    for day in range(DAYS):
+        for user in range(USERS):
+            likes = [i for i in range(ITEMS) if genre_of(i) == GENRES[1 - user % 2]]
+            for item in random.choice(likes, 2, replace=False).tolist():
+                moment = START + timedelta(days=day, hours=12, minutes=user)
+                for name, value in zip(bought, (f"u{user}", f"i{item}", moment), strict=True):
+                    bought[name].append(value)
+    bought["event_timestamp"] = pa.array(bought["event_timestamp"], stamp)
+
+    def attributes(count: int, columns: dict[str, Any]) -> pa.Table:
+        before = pa.array([START - timedelta(days=1)] * count, stamp)
+        return pa.table({**columns, "event_timestamp": before, "created_timestamp": before})
+
     users, items = range(USERS), range(ITEMS)
+    tags = pa.array([["green", "loose"][: i % 3] for i in items], pa.list_(pa.string()))
     return {
-        "exposures": log,
-        "interactions": log.filter(positive).drop_columns(["bought", "inclusion_probability"]),
-        "users": pa.table(
-            {
-                "user_id": [f"u{u}" for u in users],
-                "city": [["Oslo", "Rome"][u % 2] for u in users],
-                "event_timestamp": pa.array([before for _ in users], stamp),
-                "created_timestamp": pa.array([before for _ in users], stamp),
-            }
+        "interactions": pa.table(bought),
+        "users": attributes(
+            USERS,
+            {"user_id": [f"u{u}" for u in users], "city": [["Oslo", "Rome"][u % 2] for u in users]},
         ),
-        "items": pa.table(
+        "items": attributes(
+            ITEMS,
             {
                 "item_id": [f"i{i}" for i in items],
                 "genre": [genre_of(i) for i in items],
-                "tags": pa.array(
-                    [["green", "loose"][: i % 3] for i in items], pa.list_(pa.string())
-                ),
-                "event_timestamp": pa.array([before for _ in items], stamp),
-                "created_timestamp": pa.array([before for _ in items], stamp),
-            }
+                "tags": tags,
+            },
         ),
     }
 
 
-def feature_store(root: Path) -> tuple[FeatureRepo, pa.Table]:
-    """A materialised feature store below a folder, and the training frame read from it."""
+def feature_store(root: Path) -> FeatureRepo:
+    """A materialised feature store below a folder."""
     import ibis
-
-    from fathom import feature_store as store
-    from fathom import features
 
     made = tables()
     connection = ibis.duckdb.connect()
     connection.raw_sql("set TimeZone='UTC'")
-    logs = {
-        name: features.with_attributes(
-            connection.create_table(name, made[name]),
-            connection.create_table(f"{name}_users", made["users"]),
-            connection.create_table(f"{name}_items", made["items"]),
-            SPEC,
-        )
-        for name in ("interactions",)
-    }
-    until = int(connection.execute(features.last_step(logs.values(), SPEC)))
+    names = ("interactions", "users", "items")
+    log = features.with_attributes(*(connection.create_table(n, made[n]) for n in names), SPEC)
+    until = int(connection.execute(features.last_step([log], SPEC)))
     repo = FeatureRepo(FeatureStoreConfig(folder="features"), root)
     for name in ("users", "items"):
         write_parquet(made[name], repo.source(name))
     for view in SPEC.views:
-        snapshot = features.snapshots(logs["interactions"], SPEC, view, until)
+        snapshot = features.snapshots(log, SPEC, view, until)
         write_parquet(connection.to_pyarrow(snapshot), repo.source(view))
-        if store.is_packable(SPEC, view):
+        if is_packable(SPEC, view):
             packed = features.packed(snapshot, SPEC, view)
-            write_parquet(connection.to_pyarrow(packed), repo.source(store.packed_name(view)))
+            write_parquet(connection.to_pyarrow(packed), repo.source(packed_name(view)))
     repo.apply(SPEC)
-    frame = repo.training_frame(made["exposures"], SPEC)
     repo.materialise(SPEC, START + timedelta(days=DAYS + 1))
-    return repo, frame
+    return repo
 
 
 @dataclass(frozen=True)
-class Registered:
+class Artifact:
     """A saved artifact and what it scored before it was saved."""
 
     folder: Path
@@ -188,10 +164,7 @@ class Registered:
 
 
 def plain_frame(rows: int = 400) -> dict[str, Any]:
-    """A frame of the spec's columns without a feature store: random, but labelled sensibly."""
-    from fathom.batch import Ragged
-    from fathom.encoding import with_ratios
-
+    """Labelled rows of the spec's columns, drawn without a feature store."""
     random = np.random.default_rng(11)
     users, items = random.integers(USERS, size=rows), random.integers(ITEMS, size=rows)
 
@@ -220,25 +193,18 @@ def plain_frame(rows: int = 400) -> dict[str, Any]:
     return with_ratios(frame, SPEC)
 
 
-def register(folder: Path, frame: dict[str, Any], golden: int = 20) -> Registered:
-    """Train on a frame and save the artifact, with golden requests, below a folder."""
-    from fathom.training import train
-
+def register(folder: Path) -> Artifact:
+    """Train, and save the artifact with golden requests below a folder."""
+    frame = plain_frame()
     config = TrainingConfig(hidden=(8,), epochs=2, batch_size=64)
     encoder = fit_encoder(frame, SPEC)
     batch = encoder.encode(frame)
-    split = int(len(batch) * 0.8)
-    index = np.arange(len(batch))
-    parts: tuple[Batch, Batch] = (batch.take(index[:split]), batch.take(index[split:]))
-    trained = train(encoder.layout, *parts, config, "binary")
+    training, validation = np.split(np.arange(len(batch)), [len(batch) * 4 // 5])
+    trained = train(encoder.layout, batch.take(training), batch.take(validation), config, "binary")
     ranker = Ranker(encoder, trained.model, config, {"trained_until": "2024-01-30", "seed": 0})
-    rows = rows_of_frame(frame, SPEC, range(golden))
-    probabilities = ranker.score(frame)[:golden].tolist()
-    text = json.dumps({"rows": rows, "probabilities": probabilities})
-    folder.mkdir(parents=True)
-    version = ranker.save(folder / "new", {"golden.json": text})
+    rows = rows_of_frame(frame, SPEC, range(GOLDEN))
+    probabilities = ranker.score(frame)[:GOLDEN].tolist()
+    golden = json.dumps({"rows": rows, "probabilities": probabilities})
+    version = ranker.save(folder / "new", {"golden.json": golden})
     (folder / "new").rename(folder / version)
-    return Registered(folder / version, version, ranker, rows, probabilities)
-
-
-__all__ = ["SPEC", "Registered", "complete", "feature_store", "frame_of", "plain_frame", "register"]
+    return Artifact(folder / version, version, ranker, rows, probabilities)

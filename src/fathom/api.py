@@ -313,10 +313,13 @@ def openapi(spec: FeatureSpec, version: str, rows: Sequence[Mapping[str, Any]]) 
         rows: examples of what ``/predict`` takes, at least one.
     """
     requests = _described_requests(spec)
-    answers = (RankAnswer, PredictAnswer, ModelAnswer, ErrorAnswer)
+    models: list[type[BaseModel]] = [
+        *requests.values(),
+        *(RankAnswer, PredictAnswer, ModelAnswer, ErrorAnswer),
+    ]
     _, schemas = models_json_schema(
-        [(model, "validation") for model in requests.values()]
-        + [(model, "serialization") for model in answers],
+        # As for validation: what has a default may be absent, in answers too.
+        [(model, "validation") for model in models],
         ref_template="#/components/schemas/{model}",
     )
     predict = _operation(

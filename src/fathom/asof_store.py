@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import ibis
 import pandas as pd
@@ -44,9 +44,7 @@ _UTC = "timestamp('UTC', 6)"
 class AsofOfflineStoreConfig(DuckDBOfflineStoreConfig):
     """Configuration of `AsofOfflineStore`; it has no options of its own."""
 
-    type: Literal["fathom.asof_store.AsofOfflineStore"] = (  # type: ignore[assignment]
-        "fathom.asof_store.AsofOfflineStore"
-    )
+    type: Literal["fathom.asof_store.AsofOfflineStore"] = "fathom.asof_store.AsofOfflineStore"
 
 
 class AsofOfflineStore(DuckDBOfflineStore):
@@ -75,6 +73,7 @@ class AsofOfflineStore(DuckDBOfflineStore):
             raise TypeError(
                 f"entity_df is a {type(entity_df).__name__}; this store takes a pandas DataFrame"
             )
+        _in_utc()
         if filter_by_created_timestamp:
             return DuckDBOfflineStore.get_historical_features(
                 config,
@@ -89,6 +88,7 @@ class AsofOfflineStore(DuckDBOfflineStore):
         timestamp = offline_utils.infer_event_timestamp_from_entity_df(
             dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
         )
+        moments = pd.to_datetime(entity_df[timestamp], utc=True)
         views = [_view(view, feature_refs, full_feature_names, config) for view in feature_views]
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
         return AsofRetrievalJob(
@@ -100,9 +100,23 @@ class AsofOfflineStore(DuckDBOfflineStore):
             RetrievalMetadata(
                 features=feature_refs,
                 keys=[name for name in entity_df.columns if name != timestamp],
+                min_event_timestamp=moments.min(),
+                max_event_timestamp=moments.max(),
             ),
             str(config.repo_path),
         )
+
+    @staticmethod
+    def pull_latest_from_table_or_query(*args: Any, **options: Any) -> RetrievalJob:
+        """The newest row of each key in a span of time; see Feast's base class."""
+        _in_utc()
+        return DuckDBOfflineStore.pull_latest_from_table_or_query(*args, **options)
+
+    @staticmethod
+    def pull_all_from_table_or_query(*args: Any, **options: Any) -> RetrievalJob:
+        """All rows in a span of time; see Feast's base class."""
+        _in_utc()
+        return DuckDBOfflineStore.pull_all_from_table_or_query(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,8 @@ class AsofRetrievalJob(RetrievalJob):
         result = pa.Table.from_pandas(
             rows.assign(**{self._timestamp: moments}), preserve_index=False
         )
+        # pandas cannot read back what it says of Arrow-backed lists.
+        result = result.replace_schema_metadata(None)
         spine = result.append_column(_ROW, pa.array(range(len(rows)), pa.int64()))
         for view in self._views:
             joined = _asof_join(spine, self._timestamp, view)
@@ -189,6 +205,14 @@ class AsofRetrievalJob(RetrievalJob):
             "overwrite",
             allow_overwrite,
         )
+
+
+def _in_utc() -> None:
+    """Make the session's wall clock UTC's, wherever the machine is.
+
+    Feast selects spans of time by wall clock, and takes moments without a time zone as UTC.
+    """
+    ibis.get_backend().raw_sql("SET TimeZone = 'UTC'")
 
 
 def _asof_join(spine: pa.Table, timestamp: str, view: _View) -> pa.Table:
@@ -229,7 +253,7 @@ def _view(
     table = table.rename(
         {new: old for old, new in source.field_mapping.items() if old in table.columns}
     )
-    wanted = view.projection.name_to_use()
+    wanted = view.projection.name_to_use()  # type: ignore[no-untyped-call]
     features = [ref.split(":")[1] for ref in feature_refs if ref.split(":")[0] == wanted]
     prefix = f"{view.projection.name_alias or view.name}__" if full_feature_names else ""
     mapped = view.projection.join_key_map

@@ -161,7 +161,7 @@ def logistic_regression(
 ) -> Floats:
     """L2-regularised logistic regression on the design of `_Design`."""
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     design = _Design(train)
     inverse = 1 / (config.linear_l2 * label.size)

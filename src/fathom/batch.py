@@ -63,7 +63,8 @@ class Ragged:
         """The rows at ``index``, in that order."""
         lengths = self.lengths[index]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        shift = np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        # A negative index counts rows, of which there is one less than offsets.
+        shift = np.repeat(self.offsets[:-1][index] - offsets[:-1], lengths)
         return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
 
 

@@ -27,6 +27,8 @@ class TrainingConfig:
         wide_learning_rate, wide_l1, wide_l2: FTRL-Proximal's alpha and penalties, in units of one
             example's gradient (McMahan et al. 2013, section 3.1).
         embedding_learning_rate, deep_learning_rate: AdaGrad's.
+        final_rate: share of the embedding and deep learning rates that is left at the last step of
+            the last epoch; they fall linearly. FTRL-Proximal sets its own rates.
         batch_size, epochs: epochs is the most; early stopping ends sooner.
         patience: epochs without a better validation loss before training stops.
         seed: of the initial weights, the order of examples and dropout.
@@ -42,6 +44,7 @@ class TrainingConfig:
     wide_l2: float = 0.0
     embedding_learning_rate: float = 0.05
     deep_learning_rate: float = 0.05
+    final_rate: float = 0.05
     batch_size: int = 2048
     epochs: int = 5
     patience: int = 1
@@ -50,7 +53,8 @@ class TrainingConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if isinstance(self.hidden, list):
+            object.__setattr__(self, "hidden", tuple(self.hidden))
         faults = [
             f"training.{name} is {value!r}; it must be {bound}"
             for name, value, bound, holds in self._bounds()
@@ -80,25 +84,32 @@ class TrainingConfig:
                 name,
                 getattr(self, name),
                 "a finite number of 0 or more",
-                getattr(self, name) == 0 or _above(getattr(self, name), 0),
+                _zero(getattr(self, name)) or _above(getattr(self, name), 0),
             )
             for name in ("wide_l1", "wide_l2")
         ]
-        widths_hold = all(type(width) is int and width >= 1 for width in self.hidden)
+        hidden = list(self.hidden) if isinstance(self.hidden, tuple) else self.hidden
+        widths_hold = isinstance(hidden, list) and all(type(w) is int and w >= 1 for w in hidden)
         return [
             *bounds,
-            ("hidden", list(self.hidden), "a list of layer widths of 1 or more", widths_hold),
+            ("hidden", hidden, "a list of layer widths of 1 or more", widths_hold),
+            (
+                "final_rate",
+                self.final_rate,
+                "in (0, 1]",
+                _above(self.final_rate, 0) and self.final_rate <= 1,
+            ),
             (
                 "dropout",
                 self.dropout,
                 "in [0, 1)",
-                self.dropout == 0 or (_above(self.dropout, 0) and self.dropout < 1),
+                _zero(self.dropout) or (_above(self.dropout, 0) and self.dropout < 1),
             ),
             (
                 "device",
                 self.device,
                 "'auto', 'cpu' or 'cuda'",
-                self.device in {"auto", "cpu", "cuda"},
+                self.device in ("auto", "cpu", "cuda"),
             ),
         ]
 
@@ -145,6 +156,10 @@ class SplitConfig:
         """A boundary as an aware moment."""
         moment = datetime.fromisoformat(getattr(self, name))
         return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def _zero(value: Any) -> bool:
+    return value == 0 and value is not False
 
 
 def _above(value: Any, bound: float) -> bool:

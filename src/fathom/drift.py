@@ -267,6 +267,13 @@ def monitor(
     return Monitoring(decision, _page(list(snapshots.values()), decision), figures)
 
 
+def nothing_to_watch(window: Window) -> Monitoring:
+    """What to say of a window when no model is in charge yet."""
+    reason = "data: there is no champion, so nothing to compare with; train one that passes the gate"
+    decision = Decision(True, (reason,), window, {}, Quality({}, {}, "not checked", (reason,)), {})
+    return Monitoring(decision, _page([], decision), {})
+
+
 def _sample(frame: pd.DataFrame, config: MonitoringConfig) -> pd.DataFrame:
     if len(frame) <= config.sample_rows:
         return frame

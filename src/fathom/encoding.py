@@ -54,7 +54,8 @@ class FrameError(ValueError):
 
 def hash_value(value: str) -> int:
     """A 64-bit hash that is the same in every process and on every machine; never 0."""
-    digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
+    # JSON can carry half of a surrogate pair; it is an unknown value like any other.
+    digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
 
 
@@ -72,6 +73,9 @@ def hash_values(values: NDArray[Any]) -> Keys:
 def bucket(values: NDArray[Any], boundaries: Sequence[float] | None) -> NDArray[Any]:
     """Make numbers categorical, without looking at data: the text of the bucket they fall in.
 
+    Numbers are rounded to float32 first, as frames hold them, so that 0.7 reaches a boundary of 0.7
+    wherever it comes from.
+
     Args:
         values: (N,) numbers, NaN when missing.
         boundaries: rising right-open boundaries; powers of two, with sign, when None.
@@ -84,13 +88,14 @@ def bucket(values: NDArray[Any], boundaries: Sequence[float] | None) -> NDArray[
     >>> bucket(np.array([0.0, 1.0, 5.0, 7.9, -5.0]), None).tolist()
     ['0', '1', '3', '3', '-3']
     """
-    numbers = np.asarray(values, np.float64)
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(values, np.float32)
     missing = np.isnan(numbers)
     if boundaries is None:
-        magnitude = np.frexp(np.where(missing, 0, numbers))[1]
-        numbered = np.where(numbers == 0, 0, np.sign(numbers) * np.maximum(magnitude, 0))
+        finite = np.nan_to_num(numbers)
+        numbered = np.sign(finite) * np.maximum(np.frexp(finite)[1], 0)
     else:
-        numbered = np.searchsorted(np.asarray(boundaries, np.float64), numbers, side="right")
+        numbered = np.searchsorted(np.asarray(boundaries, np.float32), numbers, side="right")
     texts = np.empty(len(numbers), object)
     texts[:] = [str(int(n)) if ok else None for n, ok in zip(numbered, ~missing, strict=True)]
     return texts
@@ -193,13 +198,19 @@ def complete(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:
 
 
 def with_ratios(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:
-    """Add the spec's ratio columns, computed from the others; a missing part counts as 0."""
+    """Add the spec's ratio columns, computed from the others.
+
+    A missing part counts as 0; the ratio is missing where its divisor is 0.
+    """
     completed = dict(frame)
     for column in spec.columns:
         if column.ratio is not None:
             of = np.nan_to_num(np.asarray(frame[column.ratio.of], np.float64))
             to = np.nan_to_num(np.asarray(frame[column.ratio.to], np.float64))
-            completed[column.name] = (of / (to + column.ratio.plus)).astype(np.float32)
+            divisor = to + column.ratio.plus
+            missing = np.full(len(of), np.nan)
+            ratio = np.divide(of, divisor, out=missing, where=divisor != 0)
+            completed[column.name] = ratio.astype(np.float32)
     return completed
 
 
@@ -265,9 +276,9 @@ class Scaler:
 
     @classmethod
     def fit(cls, values: NDArray[Any]) -> Scaler:
-        """Quantiles of the values that are not missing."""
+        """Quantiles of the finite values."""
         known = np.asarray(values, np.float64)
-        known = known[~np.isnan(known)]
+        known = known[np.isfinite(known)]
         if len(known) == 0:
             return cls(np.zeros(1))
         return cls(np.unique(np.quantile(known, np.linspace(0, 1, QUANTILES))))
@@ -275,8 +286,10 @@ class Scaler:
     def scale(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Distribution values in [0, 1], shape kept; 0 for NaN."""
         positions = np.linspace(0, 1, len(self.quantiles)) if len(self.quantiles) > 1 else [0.5]
-        scaled = np.interp(np.asarray(values, np.float64), self.quantiles, positions)
-        return np.nan_to_num(scaled).astype(np.float32)
+        numbers = np.asarray(values, np.float64)
+        # One quantile alone makes interp give its position for NaN too.
+        scaled = np.where(np.isnan(numbers), 0, np.interp(numbers, self.quantiles, positions))
+        return scaled.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -344,10 +357,10 @@ class Encoder:
         return tuple(name for name, _, _ in self._wide_slots())
 
     def encode(self, frame: Frame) -> Batch:
-        """Model inputs for N rows; label and weight are set when the frame holds them.
+        """Model inputs for N rows; the label is set when the frame holds it.
 
         Raises:
-            FrameError: names all absent columns and all that are of the wrong shape.
+            FrameError: names all absent columns and all that are of the wrong shape or type.
         """
         _check(frame, self.spec)
         numeric = np.zeros((_rows(frame, self.spec), 2 * len(self._numeric())), np.float32)
@@ -376,7 +389,7 @@ class Encoder:
     def _label(self, values: NDArray[Any]) -> NDArray[np.float32]:
         if self.spec.label.values is None:
             return values.astype(np.float32)
-        return (values == self.spec.label.values[-1]).astype(np.float32)
+        return np.asarray(values == self.spec.label.values[-1], np.float32)
 
     def _encode_wide(self, frame: Frame) -> tuple[list[IntArray], list[Ragged]]:
         hashed: dict[str, Keys | Ragged] = {}
@@ -427,7 +440,7 @@ class Encoder:
         digest = hashlib.sha256(self.spec.to_json().encode())
         digest.update(self._vocabularies().encode())
         for name, values in sorted(self._arrays().items()):
-            digest.update(name.encode() + values.tobytes())
+            digest.update(f"{name} {values.nbytes} ".encode() + values.tobytes())
         return digest.hexdigest()
 
     def _vocabularies(self) -> str:
@@ -479,7 +492,7 @@ def fit_encoder(frame: Frame, spec: FeatureSpec) -> Encoder:
         frame: one row per exposure with every column of the spec (see `complete`).
 
     Raises:
-        FrameError: names all absent columns and all that are of the wrong shape.
+        FrameError: names all absent columns and all that are of the wrong shape or type.
     """
     _check(frame, spec)
     return Encoder(
@@ -526,7 +539,8 @@ def _rows(frame: Frame, spec: FeatureSpec) -> int:
 def _check(frame: Frame, spec: FeatureSpec) -> None:
     absent = [column.name for column in spec.columns if column.name not in frame]
     faults = [f"absent columns {absent}; the spec needs them"] if absent else []
-    rows = {len(frame[column.name]) for column in spec.columns if column.name in frame}
+    names = [name for name in (*spec.by_name, spec.label.name) if name in frame]
+    rows = {len(frame[name]) for name in names}
     if len(rows) > 1:
         faults.append(f"columns differ in length: {sorted(rows)}")
     for column in spec.columns:
@@ -537,5 +551,18 @@ def _check(frame: Frame, spec: FeatureSpec) -> None:
                     f"{column.name} is {column.kind}, so it holds "
                     f"{'a list' if many else 'one value'} per row"
                 )
+            elif odd := _odd_types(column, _flat(frame[column.name])):
+                faults.append(
+                    f"{column.name} is {column.kind}, so it holds "
+                    f"{'numbers or NaN' if column.is_numeric else 'text or None'}, not {odd}"
+                )
     if faults:
         raise FrameError(faults)
+
+
+def _odd_types(column: Column, values: NDArray[Any]) -> str:
+    """Types of the values that are not what a column's frame holds, in words."""
+    if column.is_numeric:
+        return "" if values.dtype.kind in "fiub" else str(values.dtype)
+    odd = {kind for kind in set(map(type, values.tolist())) if not issubclass(kind, str | None)}
+    return " or ".join(sorted(kind.__name__ for kind in odd))

@@ -17,9 +17,10 @@ Objects, all derived from the `FeatureSpec`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 ATTRIBUTES: dict[str, Owner] = {"users": "user", "items": "item"}
 CONTEXT = "context"
+#: Before any row: attributes without a time of their own are stamped 1970-01-01.
+_EVER = datetime(1900, 1, 1, tzinfo=timezone.utc)
 
 
 class FeatureStoreError(RuntimeError):
@@ -145,7 +148,7 @@ class FeatureRepo:
         store = self.open()
         views = [view for view in self._views(spec) if view.online]
         store.materialize(
-            datetime(1970, 1, 2, tzinfo=until.tzinfo),
+            _EVER,
             until + timedelta(microseconds=1),
             feature_views=[view.name for view in views],
         )
@@ -161,10 +164,10 @@ class FeatureRepo:
             feature_name_columns=[field.name for field in found.features],
             timestamp_field=EVENT_TIMESTAMP,
             created_timestamp_column=CREATED_TIMESTAMP,
-            start_date=datetime.fromisoformat("1970-01-02T00:00:00+00:00"),
-            end_date=datetime.fromisoformat("2200-01-01T00:00:00+00:00"),
+            start_date=_EVER,
+            end_date=datetime(2200, 1, 1, tzinfo=timezone.utc),
         )
-        return job.to_arrow()
+        return job.to_arrow().drop_columns(CREATED_TIMESTAMP)
 
     def publish_embeddings(
         self, version: str, tables: Mapping[str, tuple[str, list[str], np.ndarray[Any, Any]]]
@@ -176,11 +179,11 @@ class FeatureRepo:
         """
         from feast import Entity, FeatureService, Field, FileSource, ValueType
         from feast import FeatureView as View
-        from feast.types import Array, Float32
+        from feast.types import Array, Float32, String
 
         store = self.open()
         now = datetime.now().astimezone()
-        views = []
+        views: list[Any] = []
         for name, (key, keys, vectors) in tables.items():
             path = self.folder / "embeddings" / version / f"{name}.parquet"
             stamps = pa.array([now] * len(keys), pa.timestamp("us", "UTC"))
@@ -190,6 +193,8 @@ class FeatureRepo:
                 {
                     key: pa.array(keys, pa.string()),
                     "embedding": pa.ListArray.from_arrays(offsets, flat),
+                    # On each row too: a key that this version lacks still has an older vector.
+                    "version": pa.array([version] * len(keys), pa.string()),
                     EVENT_TIMESTAMP: stamps,
                     CREATED_TIMESTAMP: stamps,
                 }
@@ -199,7 +204,10 @@ class FeatureRepo:
                 View(
                     name=name,
                     entities=[Entity(name=key, join_keys=[key], value_type=ValueType.STRING)],
-                    schema=[Field(name="embedding", dtype=Array(Float32))],
+                    schema=[
+                        Field(name="embedding", dtype=Array(Float32)),
+                        Field(name="version", dtype=String),
+                    ],
                     source=_file_source(FileSource, name, path),
                     ttl=timedelta(0),
                     online=True,
@@ -210,7 +218,7 @@ class FeatureRepo:
         service = FeatureService(name="embeddings", features=views, tags={"version": version})
         store.apply([*views, service], partial=True)
         store.materialize(
-            datetime(1970, 1, 2, tzinfo=now.tzinfo),
+            _EVER,
             now + timedelta(seconds=1),
             feature_views=[view.name for view in views],
         )
@@ -339,7 +347,7 @@ def _values(column: pa.ChunkedArray) -> Values:
         encoded = column.cast(pa.string()).dictionary_encode().unify_dictionaries()
         if encoded.num_chunks == 0:
             return np.empty(0, object)
-        distinct = np.append(np.asarray(encoded.chunk(0).dictionary.to_pylist(), object), None)
+        distinct = np.array([*encoded.chunk(0).dictionary.to_pylist(), None], object)
         codes = [pc.fill_null(c.indices, len(distinct) - 1).to_numpy() for c in encoded.chunks]
         taken: np.ndarray[Any, Any] = distinct[np.concatenate(codes)]
         return taken
@@ -485,21 +493,32 @@ def cross_of_rows(inputs: Any, spec_json: str, index: int) -> Any:
 
     spec = FeatureSpec.from_json(spec_json)
     declared = spec.crosses[index]
-    frame = {name: _column(spec.by_name[name], inputs[name]) for name in declared.columns}
+    columns = [spec.by_name[name] for name in declared.columns]
+    frame = {column.name: _column(column, inputs[column.name]) for column in columns}
+    # Values from the store get the defaults of a training frame; those of a request have them.
+    held = spec.model_copy(update={"columns": tuple(c for c in columns if not _asked(c))})
+    moments = np.zeros(len(inputs), "datetime64[us]")
+    frame |= complete(frame | {EVENT_TIMESTAMP: moments}, held)
     keys = evaluate_cross(declared, spec, frame)
     if isinstance(keys, Ragged):
         signed = keys.values.view(np.int64)
-        ends = keys.offsets
-        lists = [signed[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        lists = [signed[start:end].tolist() for start, end in pairwise(keys.offsets)]
         return pd.DataFrame({declared.name: lists}, index=inputs.index)
     return pd.DataFrame({declared.name: keys.view(np.int64)}, index=inputs.index)
+
+
+def _asked(column: Column) -> bool:
+    """Whether the column's value is not what a view holds, but computed from it at the moment."""
+    return column.ratio is not None or (
+        column.aggregate is not None and stored_name(column) != column.name
+    )
 
 
 def _column(column: Column, values: Any) -> Values:
     if column.kind in {"multi", "sequence"}:
         return Ragged.of([list(v) if v is not None and np.ndim(v) else [] for v in values])
     if column.is_numeric:
-        return np.asarray(values, np.float64)
+        return np.asarray(values, np.float32)
     texts = np.empty(len(values), object)
     texts[:] = [value if isinstance(value, str) else None for value in values]
     return texts
@@ -515,11 +534,14 @@ def _services(spec: FeatureSpec, views: list[FeatureView], crosses: list[Any]) -
 
     crossed = {name for cross in spec.crosses for name in cross.columns}
 
-    def chosen(keep: Any) -> list[Any]:
-        named = {_stored(c): c for c in spec.columns if c.ratio is None}
+    def chosen(keep: Callable[[Column], bool]) -> list[Any]:
+        kept = [column for column in spec.columns if keep(column)]
+        parts = {name for c in kept if c.ratio for name in (c.ratio.of, c.ratio.to)}
+        names = {column.name for column in kept} | parts
+        wanted = {_stored(c) for c in spec.columns if c.name in names and c.ratio is None}
         picked = []
         for view in views:
-            fields = [f.name for f in view.features if f.name in named and keep(named[f.name])]
+            fields = [field.name for field in view.features if field.name in wanted]
             if fields:
                 picked.append(view[fields])
         return picked
@@ -538,18 +560,34 @@ def _services(spec: FeatureSpec, views: list[FeatureView], crosses: list[Any]) -
 
 
 def _stale(store: FeatureStore, wanted: list[Any]) -> list[Any]:
-    """Registered objects that the spec no longer has; embeddings are not the spec's."""
-    names = {(type(item).__name__, item.name) for item in wanted}
-    registered = [
-        *store.list_feature_services(),
+    """Registered objects that the spec no longer has; embeddings and theirs are not the spec's."""
+    from feast.feature_view import DUMMY_ENTITY_NAME
+
+    views = store.list_batch_feature_views()
+    published = [view for view in views if "version" in view.tags]
+    registered: list[Any] = [
+        *(item for item in store.list_feature_services() if "version" not in item.tags),
         *store.list_on_demand_feature_views(),
-        *store.list_batch_feature_views(),
+        *(view for view in views if view not in published),
+        *(item for item in store.list_entities() if item.name != DUMMY_ENTITY_NAME),
+        *store.list_data_sources(),
     ]
-    return [
-        item
-        for item in registered
-        if (type(item).__name__, item.name) not in names and "version" not in item.tags
-    ]
+    names = {_identity(item) for item in wanted}
+    for item in [*wanted, *published]:
+        names |= {_identity(source) for source in _sources(item)}
+    names |= {("Entity", name) for view in published for name in view.entities}
+    return [item for item in registered if _identity(item) not in names]
+
+
+def _identity(item: Any) -> tuple[str, str]:
+    return type(item).__name__, item.name
+
+
+def _sources(item: Any) -> list[Any]:
+    """The data sources that come and go with a feature view."""
+    requested = getattr(item, "source_request_sources", {}).values()
+    batch = getattr(item, "batch_source", None)
+    return [*requested, *([batch] if batch else [])]
 
 
 def _offline_store(store: FeatureStore) -> Any:

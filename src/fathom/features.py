@@ -12,6 +12,7 @@ All functions build Ibis expressions; nothing is executed here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from fathom.spec import (
@@ -27,12 +28,17 @@ if TYPE_CHECKING:
     from ibis.expr.types import Column as Expression
     from ibis.expr.types import IntegerScalar, Table
 
-_STEP = "step"
-_LAST_EVENT = "last_event"
+# Columns on the way to a snapshot. No column of a spec starts with an underscore.
+_STEP = "__step"
+_COUNT = "__count"
+_POSITIVES = "__positives"
+_LAST_EVENT = "__last_event"
+_RANK = "__rank"
 #: Money and other sums are added exactly, so that a sum does not depend on the order of rows.
 _EXACT = "decimal(18, 6)"
 #: Feast's DuckDB reader refuses nanoseconds.
 _UTC = "timestamp('UTC', 6)"
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def stored_name(column: Column) -> str:
@@ -97,25 +103,18 @@ def snapshots(log: Table, spec: FeatureSpec, view: str, until: IntegerScalar | i
         ``event_timestamp`` and ``created_timestamp`` (the boundary, UTC), and each aggregate
         under its `stored_name`. Rows with a null key are left out.
     """
-    import ibis
-
     columns = spec.views[view]
     by = list(_aggregate(columns[0]).by)
-    rows = log.mutate(step=_step(log, spec)).filter([log[key].notnull() for key in by])
+    rows = log.mutate(**{_STEP: _step(log, spec)}).filter([log[key].notnull() for key in by])
     scalars = [column for column in columns if column.kind == "numeric"]
     histories = [column for column in columns if column.kind == "sequence"]
     result = _running(rows, by, scalars, spec, until)
     for column in histories:
-        history = _history(rows, by, column)
-        result = result.left_join(history, [*by, _STEP], rname="{name}_right")
-        result = result.drop([name for name in result.columns if name.endswith("_right")])
-    if histories:
         # A row that only marks a window's end has no history of its own: it keeps the last one.
-        window = ibis.cumulative_window(group_by=by, order_by=_STEP)
-        names = [column.name for column in histories]
-        result = result.mutate(
-            **{name: result[name].last(include_null=False).over(window) for name in names}
-        )
+        # (Ibis drops `include_null=False` inside a window, so no window can carry it on.)
+        history = _history(rows, by, column)
+        joined = result.asof_join(history, on=_STEP, predicates=by, rname="__right_{name}")
+        result = joined.select(*result.columns, column.name)
     boundary = _boundary(result[_STEP], spec)
     return result.select(
         *by,
@@ -164,30 +163,29 @@ def _running(
     import ibis
 
     aggregates = [_aggregate(column) for column in columns]
-    sums = {
-        f"sum_{aggregate.column}": rows[aggregate.column].cast(_EXACT).sum()
-        for aggregate in aggregates
-        if aggregate.measure in {"sum", "mean"}
-    }
-    if any(aggregate.measure == "rate" for aggregate in aggregates):
-        sums["positives"] = rows[spec.label.name].cast("int64").sum()
-    arrived = rows.group_by(*by, _STEP).agg(
-        **{"n": rows.count(), _LAST_EVENT: rows[EVENT_TIMESTAMP].max()}, **sums
-    )
+    sums = {_COUNT: rows.count()}
+    for aggregate in aggregates:
+        if aggregate.measure in {"sum", "mean"}:
+            sums[_sum(aggregate)] = rows[aggregate.column].cast(_EXACT).sum()
+        if aggregate.measure == "mean":
+            sums[_known(aggregate)] = rows[aggregate.column].count()
+        if aggregate.measure == "rate":
+            sums[_POSITIVES] = _is_positive(rows, spec).cast("int64").sum()
+    arrived = rows.group_by(*by, _STEP).agg(**sums, **{_LAST_EVENT: rows[EVENT_TIMESTAMP].max()})
     steps = sorted(
         {a.window_days // spec.grain_days for a in aggregates if a.window_days is not None}
     )
     leaving = [
         arrived.mutate(
             **{_STEP: arrived[_STEP] + window, _LAST_EVENT: ibis.null(arrived[_LAST_EVENT].type())},
-            **{name: arrived[name] * 0 for name in ("n", *sums)},
+            **{name: arrived[name] * 0 for name in sums},
         )
         for window in steps
     ]
     changes = ibis.union(arrived, *leaving) if leaving else arrived
     changes = changes.filter(changes[_STEP] <= until)
     changes = changes.group_by(*by, _STEP).agg(
-        **{name: changes[name].sum() for name in ("n", *sums)},
+        **{name: changes[name].sum() for name in sums},
         **{_LAST_EVENT: changes[_LAST_EVENT].max()},
     )
     return changes.select(
@@ -207,17 +205,19 @@ def _value(changes: Table, by: list[str], column: Column, spec: FeatureSpec) -> 
     else:
         width = aggregate.window_days // spec.grain_days
         window = ibis.range_window(preceding=width - 1, following=0, group_by=by, order_by=_STEP)
-    count = changes["n"].sum().over(window)
+    count = changes[_COUNT].sum().over(window)
     if aggregate.measure == "count":
         return count.cast("int64")
     if aggregate.measure == "recency_days":
         return _microseconds(changes[_LAST_EVENT].max().over(window))
     if aggregate.measure == "rate":
-        positives = changes["positives"].sum().over(window).cast("float64")
+        positives = changes[_POSITIVES].sum().over(window).cast("float64")
         prior = aggregate.prior * aggregate.prior_weight
         return (positives + prior) / (count.cast("float64") + aggregate.prior_weight)
-    total = changes[f"sum_{aggregate.column}"].sum().over(window).cast("float64")
-    return total if aggregate.measure == "sum" else total / count.nullif(0).cast("float64")
+    total = changes[_sum(aggregate)].sum().over(window).cast("float64")
+    if aggregate.measure == "sum":
+        return total
+    return total / changes[_known(aggregate)].sum().over(window).nullif(0).cast("float64")
 
 
 def _history(rows: Table, by: list[str], column: Column) -> Table:
@@ -236,9 +236,9 @@ def _history(rows: Table, by: list[str], column: Column) -> Table:
         *by,
         _STEP,
         valued[aggregate.column].collect().over(older).name(column.name),
-        rank=ibis.row_number().over(within_step),
+        ibis.row_number().over(within_step).name(_RANK),
     )
-    return ranked.filter(ranked["rank"] == 0).drop("rank")
+    return ranked.filter(ranked[_RANK] == 0).drop(_RANK)
 
 
 def _step(log: Table, spec: FeatureSpec) -> Expression:
@@ -248,8 +248,8 @@ def _step(log: Table, spec: FeatureSpec) -> Expression:
     known = log[EVENT_TIMESTAMP]
     if ARRIVAL_TIMESTAMP in log.columns:
         known = ibis.greatest(known, log[ARRIVAL_TIMESTAMP].fill_null(known))
-    seconds = known.truncate("s").epoch_seconds() - int(spec.grain_origin.timestamp())
-    return (seconds / int(spec.grain.total_seconds())).floor().cast("int64") + 1
+    since_origin = _microseconds(known) - int(spec.grain_origin.timestamp()) * 1_000_000
+    return since_origin // (int(spec.grain.total_seconds()) * 1_000_000) + 1
 
 
 def _boundary(step: Expression, spec: FeatureSpec) -> Expression:
@@ -259,8 +259,25 @@ def _boundary(step: Expression, spec: FeatureSpec) -> Expression:
 
 
 def _microseconds(moment: Expression) -> Expression:
-    """Since 1970. (The seconds are cut first, or DuckDB would round them.)"""
-    return moment.truncate("s").epoch_seconds() * 1_000_000 + moment.microsecond()
+    """Since 1970. (A difference of moments, so the session's time zone has no part in it.)"""
+    import ibis
+
+    return moment.delta(ibis.literal(_EPOCH, type=_UTC), unit="microsecond")
+
+
+def _is_positive(rows: Table, spec: FeatureSpec) -> Expression:
+    """Whether a row's label is the positive one; above 0 where labels are numbers."""
+    label = rows[spec.label.name]
+    return label == spec.label.values[-1] if spec.label.values else label > 0
+
+
+def _sum(aggregate: Aggregate) -> str:
+    return f"__sum_{aggregate.column}"
+
+
+def _known(aggregate: Aggregate) -> str:
+    """How many rows have a value: a mean is of those."""
+    return f"__known_{aggregate.column}"
 
 
 def _read_columns(spec: FeatureSpec) -> set[str]:

@@ -39,7 +39,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         if path.is_dir() and not path.is_symlink():
-            path.rename(workshop / "replaced")
+            path.rename(workshop / f"{path.name}.replaced")
         os.replace(temporary, path)
         _flush(path.parent, recursive=False)
     finally:

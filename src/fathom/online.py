@@ -137,6 +137,9 @@ class OnlineFeatures:
             known_items = rows < len(self._tables["items"].keys)
             frame |= self._tables["items"].take(rows)
         row = self._user_row(user)
+        for column in spec.raw_columns("user"):
+            if column.name not in frame:
+                frame[column.name] = _repeat(column, row[column.name], count)
         for view, columns in spec.views.items():
             by = _by(columns)
             if by == (spec.entities.user,):
@@ -145,10 +148,10 @@ class OnlineFeatures:
                 frame |= _unpack(spec, view, row, frame)
             else:
                 table = self._tables[view]
-                frame |= table.take(table.find([frame[key] for key in by]))
-        for column in spec.raw_columns("user"):
-            if column.name not in frame:
-                frame[column.name] = _repeat(column, row[column.name], count)
+                rows = table.find([frame[key] for key in by])
+                frame |= table.take(rows)
+                if by == (spec.entities.item,):
+                    known_items |= rows < len(table.keys)
         known_user = any(value is not None for value in row.values())
         return complete(frame, spec), Known(known_user, known_items)
 

@@ -11,6 +11,7 @@ BentoML's stores are where ``BENTOML_HOME`` says.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 MODEL = "fathom_ranker"
 BENTOFILE = "bentofile.yaml"
-FEATURE_STORE = "FATHOM_FEATURE_STORE"
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 _REQUEST_ROWS = 1_000
@@ -47,10 +47,10 @@ _LOG_CHARACTERS = 4_000
 _PRIVACY = {"BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1"}
 #: BentoML's command line, which ends when its parent does: its standard input is a pipe from it.
 _LAUNCH = """
-import os, runpy, signal, sys, threading
+import os, runpy, signal, threading
 
 def watch():
-    sys.stdin.buffer.read()
+    os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 threading.Thread(target=watch, daemon=True).start()
@@ -122,8 +122,10 @@ def build_bento(tag: str, project_root: Path) -> str:
         The Bento's tag.
 
     Raises:
-        PackagingError: ``bentofile.yaml`` is missing, or files that it includes.
+        PackagingError: ``bentofile.yaml`` is missing, or files that it includes, or uv.
     """
+    if importlib.util.find_spec("uv") is None and shutil.which("uv") is None:
+        raise PackagingError("uv is not installed, and BentoML would download it: pip install uv")
     bentofile = project_root / BENTOFILE
     if not bentofile.is_file():
         raise PackagingError(f"{project_root} has no {BENTOFILE}; give the project's folder")
@@ -341,7 +343,7 @@ def _wait_until_ready(
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the server and its workers, which have sessions of their own."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     family: list[Any] = []
     with suppress(psutil.NoSuchProcess):
@@ -383,6 +385,8 @@ def serve(
     """
     environment = {**os.environ, **_PRIVACY, "BENTOML_HOME": str(_home())}
     if repo is not None:
+        from fathom.service import FEATURE_STORE
+
         settings = {"root": str(repo.root), **repo.config.model_dump()}
         environment[FEATURE_STORE] = json.dumps(settings)
     url = f"http://{host}:{port}"

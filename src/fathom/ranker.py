@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from fathom import files
 from fathom.batch import Batch, Ragged
 from fathom.config import TrainingConfig
-from fathom.encoding import Encoder, Frame, Values, with_ratios
+from fathom.encoding import FIRST_KNOWN, Encoder, Frame, Values, with_ratios
 from fathom.models import Inputs, Model, build
 from fathom.spec import FeatureSpec
 from fathom.training import score
@@ -40,6 +40,7 @@ from fathom.training import score
 MANIFEST = "manifest.json"
 #: How far a reloaded or served probability may be from the one at training time.
 TOLERANCE = 1e-6
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class ArtifactError(RuntimeError):
@@ -54,9 +55,9 @@ class RowError(ValueError):
 
     def __init__(self, faults: list[dict[str, Any]]) -> None:
         self.faults = faults
-        super().__init__(
-            "; ".join(f"row {f['row']}: {f['field']}: {f['fault']}" for f in faults[:20])
-        )
+        shown = [f"row {f['row']}: {f['field']}: {f['fault']}" for f in faults[:20]]
+        more = [f"and {len(faults) - 20:,} more"] if len(faults) > 20 else []
+        super().__init__("; ".join(shown + more))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Ranker:
         wide = parts.wide.double().numpy()
         slots = self.encoder.wide_slots if wide.shape[1] else ()
         return {
-            "bias": np.full(len(wide), float(parts.bias)),
+            "bias": np.full(len(wide), parts.bias.item()),
             "deep": parts.deep.double().numpy(),
             **{name: wide[:, i] for i, name in enumerate(slots)},
         }
@@ -126,11 +127,12 @@ class Ranker:
             KeyError: the deep part has no embedding of that column.
         """
         tables = {c.name: name for name, (_, cs) in self.spec.tables.items() for c in cs}
-        if self.model.deep is None or column not in tables:
+        tables = tables if self.model.deep is not None else {}
+        if column not in tables:
             raise KeyError(f"{column}: this ranker has no embedding of it; it has {list(tables)}")
         vocabulary = self.encoder.tables[tables[column]]
         weights = self.model.state_dict()[f"deep.embeddings.tables.{tables[column]}.weight"]
-        return list(vocabulary.values), weights[-len(vocabulary.values) or len(weights) :].numpy()
+        return list(vocabulary.values), weights[FIRST_KNOWN:].numpy().copy()
 
     def save(self, folder: Path, extra: Mapping[str, bytes | str] | None = None) -> str:
         """Write the artifact; returns its version.
@@ -231,9 +233,9 @@ def frame_of_rows(rows: Sequence[Mapping[str, Any]], spec: FeatureSpec) -> dict[
         for i, row in enumerate(rows):
             value, fault = _checked(column.kind, row, column.name)
             values.append(value)
-            if fault is None and column.values and isinstance(value, str):
-                if value not in column.values:
-                    fault = f"is {value!r}; it must be one of {list(column.values)}"
+            allowed = column.values or (value,)
+            if fault is None and isinstance(value, str) and value not in allowed:
+                fault = f"is {_shown(value)}; it must be one of {list(allowed)}"
             if fault:
                 faults.append({"row": i, "field": column.name, "fault": fault})
         if not faults:
@@ -282,7 +284,7 @@ def _checked(kind: str, row: Mapping[str, Any], name: str) -> tuple[Any, str | N
         return value, None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None, f"is {_shown(value)}; it must be a number"
-    if not np.isfinite(np.float32(value)):
+    if not -_LARGEST <= value <= _LARGEST:  # false for NaN too, and exact for huge integers
         return None, f"is {_shown(value)}; it must be a finite number below 3.4e38"
     return value, None
 

@@ -4,6 +4,7 @@
 
     registry/
       versions/<version>/…   immutable artifacts (`fathom.ranker`)
+      versions/.*            half-written ones; whoever holds the lock removes them
       champion.json          the champion and those it replaced, the newest last
       history.jsonl          every change of the champion, who asked and why
       .lock                  held while any of this changes
@@ -14,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fathom import files
-from fathom.ranker import Ranker, verify
+from fathom.ranker import ArtifactError, Ranker, verify
 
 
 class RegistryError(RuntimeError):
@@ -39,7 +41,7 @@ class Registry:
         folder = self.folder / "versions"
         if not folder.is_dir():
             return []
-        return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        return sorted(p.name for p in folder.glob("[!.]*") if p.is_dir())
 
     def champion(self) -> str | None:
         """The version in charge, or None before the first promotion."""
@@ -64,19 +66,22 @@ class Registry:
         """Add a version: ``write`` fills a folder and returns the version's name.
 
         The folder appears complete or not at all. Registering the same content again is no error
-        and changes nothing.
+        and changes nothing, unless the version was damaged, which it mends.
         """
+        versions = self.folder / "versions"
         with self._locked():
-            staging = self.folder / "versions" / f".staging-{os.getpid()}"
-            with files.replacing(staging) as temporary:
-                temporary.mkdir()
-                version = write(temporary)
-            target = self.folder / "versions" / version
-            if target.exists():
-                verify(target)
-                _remove(staging)
-            else:
-                staging.rename(target)
+            versions.mkdir(exist_ok=True)
+            for left in versions.glob(".*"):  # by a process that died: only one works here
+                shutil.rmtree(left, ignore_errors=True)
+            staging = versions / ".staging"
+            staging.mkdir()
+            try:
+                version = write(staging)
+                if not _is_intact(versions / version):
+                    with files.replacing(versions / version) as temporary:
+                        staging.rename(temporary)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
             return version
 
     def promote(self, version: str, reason: str, by: str = "pipeline") -> None:
@@ -110,11 +115,17 @@ class Registry:
             return stack[-2]
 
     def _stack(self) -> list[str]:
+        pointer = self.folder / "champion.json"
         try:
-            text = (self.folder / "champion.json").read_text(encoding="utf-8")
+            found = json.loads(pointer.read_text(encoding="utf-8"))["champions"]
+            return [str(version) for version in found]
         except FileNotFoundError:
             return []
-        return [str(version) for version in json.loads(text)["champions"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RegistryError(
+                f"{pointer} cannot be read ({error!r}); restore it from a backup, or delete it and "
+                "promote a version again"
+            ) from error
 
     def _point(self, stack: list[str], action: str, reason: str, by: str) -> None:
         """The history first: a crash between the two leaves a note, never a silent change."""
@@ -142,7 +153,10 @@ class Registry:
             yield
 
 
-def _remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+def _is_intact(folder: Path) -> bool:
+    """Whether a version is there, whole."""
+    try:
+        verify(folder)
+    except ArtifactError:
+        return False
+    return True

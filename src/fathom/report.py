@@ -82,7 +82,7 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     >>> print(metrics_table({"a": {"rmse": 0.5, "mae": 0.25, "rows": 7}}))
     | | rows | rmse | mae | ndcg_at_10 | calibration |
     |---|---|---|---|---|---|
-    | a | 7 | 0.5000 | 0.2500 | – | – |
+    | a | 7 | 0.5000 | 0.2500 | - | - |
     """
     if not metrics:
         return "None."
@@ -90,7 +90,8 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"| | rows | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for row, values in metrics.items():
         cells = " | ".join(_cell(values.get(name)) for name in names)
-        lines.append(f"| {row} | {values.get('rows', 0):,} | {cells} |")
+        name = row.replace("|", "\\|")  # a slice's value may be anything
+        lines.append(f"| {name} | {values.get('rows', 0):,} | {cells} |")
     return "\n".join(lines)
 
 
@@ -103,7 +104,7 @@ def closing_table(summary: Mapping[str, Any], pages: Mapping[str, str]) -> str:
     """
     rows, sizes, metrics = summary["rows"], summary["sizes"], summary["metrics"]
     names = _names(metrics)
-    width = max(24, *(len(name) for name in metrics)) + 2
+    width = max([24, *map(len, metrics)]) + 2
     lines = [
         "",
         f"rows        {rows['in']:,} in = {rows['clean']:,} clean + {rows['quarantined']:,} "
@@ -141,7 +142,7 @@ def _names(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _share(value: float | None) -> str:

@@ -106,8 +106,8 @@ class OnlineStore:
                 log.info("feature store opened after %.1f s", time.monotonic() - started)
                 return
             except Exception:
-                self.state = "failed"
                 log.exception("%s: the feature store cannot be opened", repo.folder)
+                self.state = "failed"
                 self._closed.wait(RETRY_SECONDS)
 
 
@@ -163,7 +163,7 @@ class Ranking:
         ranked, unknown_items, unknown_users = _counters()
         ranked.inc(len(items))
         unknown_items.inc(unknown)
-        unknown_users.inc(not known.user)
+        unknown_users.inc(int(not known.user))
         return {"user_known": known.user, "unknown_items": unknown, "items": items}
 
     def model(self, _: bytes) -> Answer:
@@ -214,7 +214,7 @@ def _endpoint(
             body = await _read(request)
             content = await asyncio.get_running_loop().run_in_executor(ranking.thread, answer, body)
         except api.RefusedError as error:
-            status, content, headers = error.status, _json(stamp | error.answer), headers
+            status, content = error.status, _json(stamp | error.answer)
             headers |= error.headers
         except ClientDisconnect:
             status, content = 400, _json(stamp | {"error": "the client left"})
@@ -369,9 +369,6 @@ def _frame(rows: Sequence[Mapping[str, Any]], spec: FeatureSpec, place: str) -> 
             {"field": f"{place.format(f['row'])}.{f['field']}", "fault": f["fault"]}
             for f in error.faults
         ]
-    except OverflowError:
-        fault = "holds a whole number beyond 1e308; numbers must be below 3.4e38"
-        faults = [{"field": place.partition("[")[0], "fault": fault}]
     raise api.refused(faults)
 
 

@@ -30,6 +30,7 @@ Owner = Literal["user", "item", "context"]
 Kind = Literal["categorical", "multi", "numeric", "sequence"]
 Log = Literal["interactions", "exposures"]
 Measure = Literal["count", "sum", "mean", "rate", "recency_days", "last"]
+Task = Literal["binary", "regression"]
 M = TypeVar("M", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=63)]
 
@@ -49,6 +50,9 @@ RESERVED = frozenset(
     }
 )
 
+#: Hashed crosses together; ids of the wide table are 32-bit, and vocabularies need some too.
+MOST_BUCKETS = 2**30
+
 
 class SpecError(ValueError):
     """A feature specification is wrong; the message lists every fault at once."""
@@ -60,7 +64,7 @@ class SpecError(ValueError):
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Entities(_Frozen):
@@ -233,7 +237,7 @@ class Cross(_Frozen):
 
     columns: tuple[Name, ...] = Field(min_length=2, max_length=4)
     min_count: int = Field(default=4, ge=1)
-    buckets: int | None = Field(default=None, ge=2, le=2**31 - 2)
+    buckets: int | None = Field(default=None, ge=2, le=MOST_BUCKETS)
 
     @property
     def name(self) -> str:
@@ -241,7 +245,12 @@ class Cross(_Frozen):
         return "_x_".join(self.columns)
 
 
-class FeatureSpec(_Frozen):
+class _Settings(_Frozen):
+    task: Task = "binary"
+    grain_days: int = Field(default=1, ge=1)
+
+
+class FeatureSpec(_Settings):
     """All features of one deployment. See the module's docstring.
 
     Args:
@@ -252,10 +261,8 @@ class FeatureSpec(_Frozen):
         SpecError: (inside pydantic's ValidationError) with all faults of all lines together.
     """
 
-    task: Literal["binary", "regression"] = "binary"
     entities: Entities
     label: Label
-    grain_days: int = Field(default=1, ge=1)
     grain_origin: datetime = datetime(1970, 1, 1, tzinfo=timezone.utc)
     columns: tuple[Column, ...] = Field(min_length=1)
     crosses: tuple[Cross, ...] = ()
@@ -339,7 +346,7 @@ class FeatureSpec(_Frozen):
         tables: dict[str, tuple[int, list[Column]]] = {}
         for column in self.columns:
             if not column.is_numeric and column.deep:
-                embedding = column.embedding or Embedding(table=column.name, width=8)
+                embedding = _embedding(column)
                 tables.setdefault(embedding.table, (embedding.width, []))[1].append(column)
         return {name: (width, tuple(columns)) for name, (width, columns) in tables.items()}
 
@@ -353,118 +360,185 @@ def _checked(raw: dict[str, Any]) -> dict[str, Any]:
     """Collect the faults of every line, then of the lines together; return parsed parts."""
     faults: list[str] = []
     parsed: dict[str, Any] = dict(raw)
-    if isinstance(raw.get("grain_origin"), str):
+    parts = {"entities", "label", "grain_origin", "columns", "crosses"}
+    _parse(_Settings, {k: v for k, v in raw.items() if k not in parts}, "spec", faults)
+    if "grain_origin" in raw:
         parsed["grain_origin"] = _moment(raw["grain_origin"], faults)
-    elif isinstance(raw.get("grain_origin"), datetime) and raw["grain_origin"].tzinfo is None:
-        parsed["grain_origin"] = raw["grain_origin"].replace(tzinfo=timezone.utc)
     for field, model in (("entities", Entities), ("label", Label)):
         if field in raw:
             parsed[field] = _parse(model, raw[field], field, faults)
+        else:
+            faults.append(f"spec: {field}: Field required")
     columns = _parse_list(Column, raw, "columns", faults)
     crosses = _parse_list(Cross, raw, "crosses", faults)
+    if not raw.get("columns"):
+        faults.append("columns: needs one line or more")
     for column in columns:
         faults.extend(f"{column.name}: {fault}" for fault in column.faults())
-    entities = parsed.get("entities")
+    entities, label = parsed.get("entities"), parsed.get("label")
     if isinstance(entities, Entities):
-        known = {_raw_name(line) for line in raw.get("columns") or ()}
-        faults.extend(_faults_between(columns, crosses, entities, known, raw.get("grain_days", 1)))
-    label = parsed.get("label")
+        faults.extend(_key_faults(columns, entities))
     if isinstance(label, Label):
-        task = raw.get("task", "binary")
-        if task == "binary" and label.values is None:
-            faults.append(f"label {label.name}: a binary task needs 'values', the positive last")
-        if task == "regression" and label.values is not None:
-            faults.append(f"label {label.name}: a regression label has 'values: null'")
-        if label.name in {column.name for column in columns}:
-            faults.append(f"label {label.name}: is also a column, which would leak the answer")
+        taken = {column.name for column in columns}
+        faults.extend(_label_faults(label, raw.get("task", "binary"), taken, entities))
+    known = {_raw_name(line) for line in _lines(raw, "columns")}
+    faults.extend(_aggregate_faults(columns, entities, known, raw.get("grain_days", 1)))
+    faults.extend(_ratio_faults(columns, known))
+    faults.extend(_sharing_faults(columns))
+    faults.extend(_cross_faults(crosses, known))
     if faults:
-        raise SpecError(faults)
+        raise SpecError(list(dict.fromkeys(faults)))
     return parsed | {"columns": tuple(columns), "crosses": tuple(crosses)}
 
 
-def _faults_between(
-    columns: list[Column],
-    crosses: list[Cross],
-    entities: Entities,
-    known: set[str],
-    grain_days: Any,
-) -> list[str]:
-    """Faults that show only when the lines are read together."""
+def _key_faults(columns: list[Column], entities: Entities) -> list[str]:
+    owners: dict[str, Owner] = {
+        entities.user: "user",
+        entities.item: "item",
+        entities.request: "context",
+    }
+    faults = [f"entities: '{key}' is reserved; choose another" for key in owners if key in RESERVED]
+    if len(owners) < 3:
+        faults.append(f"entities: user, item and request must differ: {sorted(owners)}")
+    for column in columns:
+        owner = owners.get(column.name)
+        if owner and (column.kind, column.owner) != ("categorical", owner):
+            faults.append(f"{column.name}: is a key, so it is categorical with 'owner: {owner}'")
+    return faults
+
+
+def _label_faults(label: Label, task: Any, columns: set[str], entities: Any) -> list[str]:
     faults = []
-    keys = {entities.user, entities.item, entities.request}
-    if len(keys) < 3:
-        faults.append(f"entities: user, item and request must differ: {sorted(keys)}")
-    names = [column.name for column in columns]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        faults.append(f"{name}: declared {names.count(name)} times; names are unique")
+    if label.name in RESERVED:
+        faults.append("the name is reserved; choose another")
+    if task == "binary" and label.values is None:
+        faults.append("a binary task needs 'values', the positive last")
+    if task == "regression" and label.values is not None:
+        faults.append("a regression label has 'values: null'")
+    if label.values is not None and label.values[0] == label.values[1]:
+        faults.append(f"'values' must differ: {list(label.values)}")
+    if label.name in columns:
+        faults.append("is also a column, which would leak the answer")
+    if isinstance(entities, Entities) and label.name in dict(entities).values():
+        faults.append("is also a key")
+    return [f"label {label.name}: {fault}" for fault in faults]
+
+
+def _aggregate_faults(
+    columns: list[Column], entities: Any, known: set[Any], grain_days: Any
+) -> list[str]:
+    faults = []
+    keys = set(dict(entities).values()) if isinstance(entities, Entities) else None
     by_name = {column.name: column for column in columns}
+    views: dict[str, tuple[tuple[str, ...], str]] = {}
+    for column in columns:
+        aggregate = column.aggregate
+        if aggregate is None:
+            continue
+        by = aggregate.by
+        for key in by:
+            if keys is not None and key not in keys | known:
+                faults.append(f"{column.name}: by '{key}', which is no key and no column")
+            elif key in by_name and not (
+                by_name[key].is_raw and by_name[key].kind == "categorical"
+            ):
+                faults.append(f"{column.name}: by '{key}', which is not a raw categorical column")
+        if len(set(by)) < len(by):
+            faults.append(f"{column.name}: by {list(by)}, which names a key twice")
+        other, first = views.setdefault(aggregate.view, (by, column.name))
+        if other != by:
+            faults.append(
+                f"{column.name}: by {list(by)} makes the view '{aggregate.view}', and so does by "
+                f"{list(other)} at {first}; rename a key"
+            )
+        window = aggregate.window_days
+        if window and type(grain_days) is int and grain_days > 0 and window % grain_days:
+            faults.append(
+                f"{column.name}: window_days {window} is no multiple of grain_days {grain_days}"
+            )
+    return faults
+
+
+def _ratio_faults(columns: list[Column], known: set[Any]) -> list[str]:
+    faults = []
+    by_name = {column.name: column for column in columns}
+    for column in columns:
+        for name in (column.ratio.of, column.ratio.to) if column.ratio else ():
+            if name not in known:
+                faults.append(f"{column.name}: ratio of '{name}', which is no column")
+            elif name in by_name and not (by_name[name].is_numeric and not by_name[name].ratio):
+                faults.append(f"{column.name}: ratio of '{name}', which is not a plain number")
+    return faults
+
+
+def _sharing_faults(columns: list[Column]) -> list[str]:
+    names = [column.name for column in columns]
+    faults = [
+        f"{name}: declared {names.count(name)} times; names are unique"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
     widths: dict[str, tuple[int, str]] = {}
     for column in columns:
-        if column.aggregate:
-            for key in column.aggregate.by:
-                if key not in keys | known:
-                    faults.append(f"{column.name}: by '{key}', which is no key and no column")
-                elif key in by_name and not (by_name[key].is_raw and _single(by_name[key])):
-                    faults.append(f"{column.name}: by '{key}', which is not a raw single value")
-            window = column.aggregate.window_days
-            if window and isinstance(grain_days, int) and window % grain_days:
+        if not column.is_numeric and (column.deep or column.embedding):
+            table, width = _embedding(column).table, _embedding(column).width
+            expected, first = widths.setdefault(table, (width, column.name))
+            if width != expected:
                 faults.append(
-                    f"{column.name}: window_days {window} is no multiple of grain_days {grain_days}"
+                    f"{column.name}: embedding table '{table}' has width {width} here and "
+                    f"{expected} at {first}"
                 )
-        if column.ratio:
-            for name in (column.ratio.of, column.ratio.to):
-                if name not in known:
-                    faults.append(f"{column.name}: ratio of '{name}', which is no column")
-                elif name in by_name and not (by_name[name].is_numeric and not by_name[name].ratio):
-                    faults.append(f"{column.name}: ratio of '{name}', which is not a plain number")
-        if column.embedding:
-            width, first = widths.setdefault(
-                column.embedding.table, (column.embedding.width, column.name)
-            )
-            if width != column.embedding.width:
-                faults.append(
-                    f"{column.name}: embedding table '{column.embedding.table}' has width "
-                    f"{column.embedding.width} here and {width} at {first}"
-                )
-    cross_names = [cross.name for cross in crosses]
+    return faults
+
+
+def _cross_faults(crosses: list[Cross], known: set[Any]) -> list[str]:
+    faults = []
+    names = [cross.name for cross in crosses]
     for cross in crosses:
         for name in cross.columns:
             if name not in known:
                 faults.append(f"cross {cross.name}: '{name}' is no column")
         if len(set(cross.columns)) < len(cross.columns):
             faults.append(f"cross {cross.name}: a column is crossed with itself")
-        if cross_names.count(cross.name) > 1:
-            faults.append(f"cross {cross.name}: declared {cross_names.count(cross.name)} times")
-    return list(dict.fromkeys(faults))
+        if names.count(cross.name) > 1:
+            faults.append(f"cross {cross.name}: declared {names.count(cross.name)} times")
+        if cross.name in known:
+            faults.append(f"cross {cross.name}: a column has the same name")
+    buckets = sum(cross.buckets or 0 for cross in crosses)
+    if buckets > MOST_BUCKETS:
+        faults.append(f"crosses: {buckets} buckets in all; {MOST_BUCKETS} is the most")
+    return faults
 
 
-def _single(column: Column) -> bool:
-    return column.kind in {"categorical", "numeric"}
+def _embedding(column: Column) -> Embedding:
+    return column.embedding or Embedding(table=column.name, width=8)
 
 
-def _raw_name(line: Any) -> Any:
-    if isinstance(line, Column):
-        return line.name
-    return line.get("name") if isinstance(line, Mapping) else None
+def _raw_name(line: Any) -> str | None:
+    name = line.get("name") if isinstance(line, Mapping) else getattr(line, "name", None)
+    return name if isinstance(name, str) else None
 
 
-def _moment(text: str, faults: list[str]) -> Any:
+def _moment(value: Any, faults: list[str]) -> datetime | None:
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        faults.append(f"grain_origin: '{text}' is no ISO 8601 moment, as 2017-01-02T05:00:00Z")
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        aware = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return aware.astimezone(timezone.utc)
+    except (TypeError, ValueError, OverflowError):
+        faults.append(f"grain_origin: {value!r} is no ISO 8601 moment, as 2017-01-02T05:00:00Z")
         return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def _lines(raw: dict[str, Any], field: str) -> list[Any]:
+    lines = raw.get(field)
+    return list(lines) if isinstance(lines, list | tuple) else []
 
 
 def _parse_list(model: type[M], raw: dict[str, Any], field: str, faults: list[str]) -> list[M]:
-    lines = raw.get(field) or ()
-    if not isinstance(lines, list | tuple):
-        faults.append(f"{field}: expected a list, got {type(lines).__name__}")
-        return []
+    if not isinstance(raw.get(field, []), list | tuple | None):
+        faults.append(f"{field}: expected a list, got {type(raw[field]).__name__}")
     parsed = [
-        _parse(model, line, str(_raw_name(line) or f"{field}[{i}]"), faults)
-        for i, line in enumerate(lines)
+        _parse(model, line, _raw_name(line) or f"{field}[{i}]", faults)
+        for i, line in enumerate(_lines(raw, field))
     ]
     return [line for line in parsed if line is not None]
 
@@ -477,7 +551,9 @@ def _parse(model: type[M], line: Any, where: str, faults: list[str]) -> M | None
     except ValidationError as error:
         for fault in error.errors():
             at = ".".join(str(part) for part in fault["loc"])
-            shown = f" (got {fault['input']!r})" if fault["type"] != "missing" else ""
+            found = repr(fault["input"])
+            found = found if len(found) <= 80 else f"{found[:77]}..."
+            shown = f" (got {found})" if fault["type"] != "missing" else ""
             faults.append(f"{where}: {f'{at}: ' if at else ''}{fault['msg']}{shown}")
     return None
 

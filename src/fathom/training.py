@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from fathom.optim import FTRLProximal, SparseAdagrad
 Task = Literal["binary", "regression"]
 _SCORING_BATCH = 8192
 _PROGRESS_SECONDS = 5.0
-#: AdaGrad's accumulator of dense weights starts here (tf.keras' default), which bounds first steps.
-_INITIAL_ACCUMULATOR = 0.1
+#: AdaGrad's accumulator of dense weights starts near zero: gradients of a mean over a batch are
+#: small, so a larger start would outweigh them, and every weight would move at the same rate.
+_INITIAL_ACCUMULATOR = 1e-6
 
 log = logging.getLogger(__name__)
 
@@ -77,17 +78,30 @@ class Optimizers:
             self.sparse.append(self.ftrl)
         if isinstance(model.deep, Deep):
             tables = list(model.deep.embeddings.tables.parameters())
-            self.sparse.append(SparseAdagrad(tables, config.embedding_learning_rate))
+            if tables:  # none when every deep column is numeric
+                self.sparse.append(SparseAdagrad(tables, config.embedding_learning_rate))
             dense += list(model.deep.layers.parameters())
-        self.dense = torch.optim.Adagrad(
+        self.dense: torch.optim.Optimizer = torch.optim.Adagrad(
             dense,
             config.deep_learning_rate,
             initial_accumulator_value=_INITIAL_ACCUMULATOR,
             fused=True,
         )
+        self._decaying = [
+            (optimizer, float(optimizer.defaults["lr"]))
+            for optimizer in (self.dense, *self.sparse)
+            if optimizer is not self.ftrl
+        ]
 
-    def step(self, loss: Tensor, examples: int) -> None:
-        """One joint update from the gradient of the mean loss over ``examples``."""
+    def step(self, loss: Tensor, examples: int, rate: float) -> None:
+        """One joint update from the gradient of the mean loss over ``examples``.
+
+        Args:
+            rate: what the AdaGrad learning rates are multiplied by.
+        """
+        for optimizer, base in self._decaying:
+            for group in optimizer.param_groups:
+                group["lr"] = base * rate
         self.dense.zero_grad()
         for optimizer in self.sparse:
             optimizer.zero_grad()
@@ -108,11 +122,11 @@ def train(
         training, validation: encoded examples with labels. Validation is only ever scored.
 
     Raises:
-        TrainingError: a split is empty or unlabelled, or the loss is not finite; the message names
-            the batch.
+        TrainingError: splits are empty, unlabelled or hold what cannot be learnt from (all faults
+            together), or a loss is not finite; the message names the batch.
     """
-    _check_split("training", training, task)
-    _check_split("validation", validation, task)
+    if faults := [*_faults("training", training, task), *_faults("validation", validation, task)]:
+        raise TrainingError("; ".join(faults))
     device = torch.device(_device(config.device))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -128,6 +142,11 @@ def train(
         validation_loss = float(
             _loss(torch.from_numpy(score(model, validation)), _label(validation), task)
         )
+        if not math.isfinite(validation_loss):
+            raise TrainingError(
+                f"the validation loss is {validation_loss} after epoch {epoch}; lower the learning "
+                "rates or look for extreme inputs"
+            )
         zero = None if model.wide is None else _zero_share(model)
         result.history.append(
             Epoch(epoch, train_loss, validation_loss, len(training) / seconds, seconds, zero)
@@ -184,10 +203,11 @@ def _pass(
         loss = _loss(model(Inputs.of(batch, device)), _label(batch).to(device), task)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {float(loss)} in epoch {epoch} at examples {start:,} to "
+                f"the loss is {loss.item()} in epoch {epoch} at examples {start:,} to "
                 f"{start + len(batch):,}; lower the learning rates or look for extreme inputs"
             )
-        optimizers.step(loss, len(batch))
+        progress = (epoch - 1 + done / len(training)) / config.epochs
+        optimizers.step(loss, len(batch), 1 - (1 - config.final_rate) * progress)
         total += loss.detach() * len(batch)
         done += len(batch)
         now = time.perf_counter()
@@ -230,17 +250,19 @@ def _device(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def _check_split(name: str, batch: Batch, task: Task) -> None:
+def _faults(name: str, batch: Batch, task: Task) -> list[str]:
+    """What is wrong with a split, in words."""
     if len(batch) == 0:
-        raise TrainingError(f"the {name} split is empty; move the split's dates in conf")
+        return [f"the {name} split is empty; move the split's dates in conf"]
     if batch.label is None:
-        raise TrainingError(f"the {name} split has no labels")
-    faults: dict[str, Any] = {
+        return [f"the {name} split has no labels"]
+    known = np.isfinite(batch.label)
+    counts = {
         "numeric inputs that are not finite": int((~np.isfinite(batch.numeric)).sum()),
-        "labels that are not finite": int((~np.isfinite(batch.label)).sum()),
+        "labels that are not finite": int((~known).sum()),
     }
     if task == "binary":
-        faults["labels other than 0 and 1"] = int((~np.isin(batch.label, (0.0, 1.0))).sum())
-    found = [f"{count} {what}" for what, count in faults.items() if count]
-    if found:
-        raise TrainingError(f"the {name} split has {' and '.join(found)}; encode it again")
+        odd = known & ~np.isin(batch.label, (0.0, 1.0))
+        counts["labels other than 0 and 1"] = int(odd.sum())
+    found = [f"{count} {what}" for what, count in counts.items() if count]
+    return [f"the {name} split has {' and '.join(found)}; encode it again"] if found else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -26,21 +28,21 @@ class Embeddings(nn.Module):
         super().__init__()
         self.tables = nn.ModuleDict()
         for name, (rows, width) in layout.tables.items():
-            self.tables[name] = nn.EmbeddingBag(
-                rows, width, mode="mean", sparse=True, include_last_offset=True
-            )
-            nn.init.normal_(self.tables[name].weight, std=_INITIAL_SCALE)
+            table = nn.EmbeddingBag(rows, width, mode="mean", sparse=True, include_last_offset=True)
+            nn.init.normal_(table.weight, std=_INITIAL_SCALE)
+            self.tables[name] = table
         self._fields = layout.fields
         self._bags = layout.bags
 
     def forward(self, inputs: Inputs) -> Tensor:
         """(B, F) ids, G bags and (B, M) numbers in, (B, D) out."""
+        tables = cast("dict[str, nn.EmbeddingBag]", self.tables)
         single = [
-            nn.functional.embedding(inputs.deep_ids[:, i], self.tables[name].weight, sparse=True)
+            nn.functional.embedding(inputs.deep_ids[:, i], tables[name].weight, sparse=True)
             for i, name in enumerate(self._fields)
         ]
         bags = [
-            self.tables[name](bag.values, bag.offsets.to(bag.values.dtype))
+            tables[name](bag.values, bag.offsets.to(bag.values.dtype))
             for name, bag in zip(self._bags, inputs.deep_bags, strict=True)
         ]
         return torch.cat([*single, *bags, inputs.numeric], dim=1)

@@ -32,6 +32,7 @@ def read_source(source: SourceConfig) -> tuple[Partitions, Partitions, Partition
 
 
 def _partitions(table: Table) -> Partitions:
-    cached = table.cache()
-    names = sorted(cached.partition.as_table().distinct().to_pyarrow()["partition"].to_pylist())
-    return {name: cached.filter(cached.partition == name).drop("partition") for name in names}
+    names = table.select("partition").distinct().to_pyarrow()["partition"].to_pylist()
+    return {
+        name: table.filter(table.partition == name).drop("partition") for name in sorted(names)
+    }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from fathom.drift import MonitoringConfig
-from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY
+from fathom.spec import EVENT_TIMESTAMP
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
@@ -42,35 +42,29 @@ def watch(
 
     Returns:
         The decision, the report as one HTML page, and Evidently's figures.
-
-    Raises:
-        RegistryError: there is no champion to watch.
+        Without a champion, a decision to retrain that says so.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from fathom import drift
     from fathom.feature_store import frame_of
-    from fathom.registry import Registry, RegistryError
+    from fathom.registry import Registry
 
-    versions = Registry(Path(registry))
-    version = versions.champion()
-    if version is None:
-        raise RegistryError(f"{registry} has no champion to watch; run the release pipeline first")
-    champion = versions.load(version)
-    reference = pq.read_table(versions.path(version) / "reference.parquet")
-    spec = champion.spec
     moment = training_frame[EVENT_TIMESTAMP]
     end = moment.max().to_pyarrow().as_py()
     start = end - timedelta(days=window.days)
+    versions = Registry(Path(registry))
+    version = versions.champion()
+    if version is None:
+        found = drift.nothing_to_watch(drift.Window(start, end))
+        return {"version": None, **found.decision.to_json()}, found.html, found.evidently
+    champion = versions.load(version)
+    reference = pq.read_table(versions.path(version) / "reference.parquet")
+    spec = champion.spec
+    # Without inclusion probabilities: the model predicts on the scale of the sampled log.
     columns = dict.fromkeys(
-        [
-            *spec.keys,
-            EVENT_TIMESTAMP,
-            spec.label.name,
-            INCLUSION_PROBABILITY,
-            *(column.name for column in spec.columns),
-        ]
+        [*spec.keys, EVENT_TIMESTAMP, spec.label.name, *(column.name for column in spec.columns)]
     )
     current = training_frame.filter(moment >= start).select(*columns).to_pyarrow()
     scores = champion.score(frame_of(current))

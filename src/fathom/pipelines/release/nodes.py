@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fathom.config import SplitConfig
 from fathom.feature_store import FeatureStoreConfig
 from fathom.pipelines.splits import between
-from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
+from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
@@ -77,13 +77,7 @@ def register(
         "probabilities": candidate.score(frame).tolist(),
     }
     columns = dict.fromkeys(
-        [
-            *spec.keys,
-            EVENT_TIMESTAMP,
-            spec.label.name,
-            INCLUSION_PROBABILITY,
-            *(column.name for column in spec.columns),
-        ]
+        [*spec.keys, EVENT_TIMESTAMP, spec.label.name, *(column.name for column in spec.columns)]
     )
     validation = between(training_frame, split, "validation").select(*columns)
     reference = _sample(validation, config.reference_rows, draw)

@@ -80,7 +80,7 @@ def accept(
         for batch in clean[name].to_pyarrow().to_batches(max_chunksize=1 << 17):
             digest.update(batch.serialize())
     tables = (clean[name] for name in ("exposures", "interactions", "users", "items"))
-    return (*tables, digest.hexdigest())  # type: ignore[return-value]
+    return (*tables, digest.hexdigest())
 
 
 def _positives(exposures: Table, spec: FeatureSpec) -> Table:

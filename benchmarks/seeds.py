@@ -1,0 +1,207 @@
+"""How much of the model's quality is chance: one training per seed, measured on the test window.
+
+Reads what a run left: the encoder, the encoded splits and who was shown each test row. What differs
+between the trainings is the seed: initial weights, order of examples, dropout. The data, and so the
+sampled negatives, stay the same.
+
+    python benchmarks/seeds.py                     # three seeds of the default environment
+    python benchmarks/seeds.py --seeds 5 --json
+    python benchmarks/seeds.py --quick             # two seeds, one epoch, the `test` environment
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import fathom
+from fathom.batch import Batch
+from fathom.config import TrainingConfig
+from fathom.encoding import Encoder
+from fathom.evaluation import Metrics, Predictions, metrics
+from fathom.hardware import hardware, peak_memory_mb
+from fathom.ranker import Ranker
+from fathom.spec import FeatureSpec
+from fathom.training import train
+
+CONFIGURED = Path("conf/base/parameters_training.yml")
+_NEEDED = (
+    "02_intermediate/data_hash.txt",
+    *(f"05_model_input/{name}" for name in ("encoder", "train", "validation", "test")),
+    "07_model_output/predictions.parquet",
+)
+
+
+class InputError(ValueError):
+    """What the benchmark reads is missing or does not fit together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: its seed, its metrics on the test window, what it took."""
+
+    seed: int
+    metrics: Metrics
+    best_epoch: int
+    seconds: float
+
+
+def measure(data: Path, config: TrainingConfig, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train once per seed and measure each on the test window.
+
+    Args:
+        data: the folder below which a run wrote, as ``data`` or ``data/test``.
+
+    Returns:
+        The figures, ready for JSON.
+
+    Raises:
+        InputError: the run's files are missing, all named, or are not of one run.
+    """
+    missing = [path for path in _NEEDED if not (data / path).exists()]
+    if missing:
+        raise InputError(
+            f"{data} has no {', '.join(missing)}; make a whole run first: kedro run"
+            f"{' --env test' if data.name == 'test' else ''}"
+        )
+    inputs = data / "05_model_input"
+    encoder = Encoder.load(inputs / "encoder")
+    splits = {name: Batch.load(inputs / name) for name in ("train", "validation", "test")}
+    shown = _shown(data / "07_model_output/predictions.parquet", encoder.spec, splits["test"])
+    runs = [_run(encoder, splits, shown, dataclasses.replace(config, seed=s)) for s in seeds]
+    figures = [run.metrics for run in runs]
+    return {
+        "benchmark": "seeds",
+        "seeds": list(seeds),
+        "mean": _over(figures, statistics.fmean),
+        "spread": _over(figures, statistics.stdev),
+        "runs": [dataclasses.asdict(run) for run in runs],
+        "sizes": {name: len(batch) for name, batch in splits.items()},
+        "training": config.as_dict(),
+        "spec_hash": encoder.spec.hash,
+        "data_hash": (data / _NEEDED[0]).read_text(encoding="utf-8").strip(),
+        "code_version": fathom.__version__,
+        "hardware": hardware(),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def _run(
+    encoder: Encoder, splits: Mapping[str, Batch], shown: Predictions, config: TrainingConfig
+) -> Run:
+    """Train with the seed of ``config``; ``shown`` has everything of the test rows but scores."""
+    started = time.perf_counter()
+    task = encoder.spec.task
+    trained = train(encoder.layout, splits["train"], splits["validation"], config, task)
+    seconds = time.perf_counter() - started
+    ranker = Ranker(encoder, trained.model, config)
+    found = metrics(dataclasses.replace(shown, probability=ranker.score_batch(splits["test"])))
+    del found["rows"]
+    return Run(config.seed, found, trained.best_epoch, round(seconds, 2))
+
+
+def _shown(path: Path, spec: FeatureSpec, test: Batch) -> Predictions:
+    """The test rows as the run's evaluation saw them: labels, users, requests."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    table = table.filter(pc.equal(table["split"], "test"))
+
+    def codes(name: str) -> Any:
+        encoded = table[name].combine_chunks().dictionary_encode()
+        return encoded.indices.to_numpy().astype(np.int64)
+
+    outcome = table[spec.label.name].to_numpy()
+    label = outcome if spec.label.values is None else outcome == spec.label.values[-1]
+    if test.label is None or not np.array_equal(label.astype(np.float32), test.label):
+        raise InputError(f"{path} is not of the run that encoded the test split; run it again")
+    return Predictions(
+        label=label.astype(np.float64),
+        probability=table["probability"].to_numpy(),
+        user=codes(spec.entities.user),
+        request=codes(spec.entities.request),
+        task=spec.task,
+    )
+
+
+def _over(figures: Sequence[Metrics], summary: Any) -> Metrics:
+    """A summary of each metric over the runs; None where it is undefined in one of them."""
+    columns = {name: [found[name] for found in figures] for name in figures[0]}
+    return {
+        name: None if None in values else float(summary(values)) for name, values in columns.items()
+    }
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures as text: a row per seed, then mean and spread."""
+    names = list(figures["mean"])
+    lines = ["seed".ljust(8) + "".join(name.rjust(13) for name in (*names, "epoch", "seconds"))]
+
+    def row(title: str, values: Mapping[str, Any], *more: str) -> None:
+        cells = ["-" if values[n] is None else f"{values[n]:.5f}" for n in names]
+        lines.append(title.ljust(8) + "".join(cell.rjust(13) for cell in (*cells, *more)))
+
+    for run in figures["runs"]:
+        row(str(run["seed"]), run["metrics"], str(run["best_epoch"]), f"{run['seconds']:.1f}")
+    row("mean", figures["mean"])
+    row("spread", figures["spread"])
+    rows = ", ".join(f"{count:,} {name}" for name, count in figures["sizes"].items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"spread: sample standard deviation over {len(figures['seeds'])} seeds",
+            f"exposures: {rows}",
+            f"model: {figures['training']['model']}, spec {figures['spec_hash'][:12]}, "
+            f"data {figures['data_hash'][:12]}",
+            f"hardware: {figures['hardware']}",
+        ]
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Mean and spread of the model over seeds.")
+    parser.add_argument("--data", type=Path, help="folder of a run (data; data/test with --quick)")
+    parser.add_argument(
+        "--training", type=Path, default=CONFIGURED, help="settings of the model (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, help="how many, from the configured one on (3; 2)")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, 1 epoch, on data/test")
+    parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
+    parsed = parser.parse_args()
+    if parsed.seeds is None:
+        parsed.seeds = 2 if parsed.quick else 3
+    if parsed.seeds < 2:
+        parser.error(f"--seeds is {parsed.seeds}; a spread needs 2 or more")
+    parsed.data = parsed.data or Path("data/test" if parsed.quick else "data")
+    return parsed
+
+
+def main() -> None:
+    """Run from the command line."""
+    given = _arguments()
+    settings = yaml.safe_load(given.training.read_text(encoding="utf-8"))["training"]
+    config = TrainingConfig(**settings)
+    if given.quick:
+        config = dataclasses.replace(config, epochs=1)
+    try:
+        figures = measure(given.data, config, range(config.seed, config.seed + given.seeds))
+    except InputError as error:
+        raise SystemExit(f"seeds: {error}") from None
+    print(table(figures))
+    if given.json:
+        print(json.dumps(figures, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()

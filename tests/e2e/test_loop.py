@@ -1,0 +1,229 @@
+"""The whole loop on a slice of the default data, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fathom.ranker import TOLERANCE, Ranker
+from fathom.registry import Registry
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def summary(run):
+    return run[0].json("08_reporting/run_summary.json")
+
+
+def test_the_summary_has_every_key_of_the_contract(summary):
+    assert {
+        "rows",
+        "sizes",
+        "metrics",
+        "gate",
+        "version",
+        "bento_tag",
+        "drift",
+        "seconds",
+        "peak_memory_mb",
+        "seed",
+        "data_hash",
+        "spec_hash",
+        "hardware",
+    } <= set(summary)
+    for figures in summary["metrics"].values():
+        assert {"auc", "logloss", "user_auc", "ndcg_at_10", "calibration"} <= set(figures)
+    assert {"train", "validation", "test"} == set(summary["sizes"])
+
+
+def test_no_row_is_lost(summary):
+    rows = summary["rows"]
+    assert rows["in"] == rows["clean"] + rows["quarantined"] + rows["duplicates"]
+    assert rows["quarantined"] > 0  # the data set has lines of quantity 0
+    assert list(rows["reasons"]) == ["interactions: quantity is not above 0"]
+
+
+def test_every_baseline_stands_beside_the_candidate(summary):
+    assert list(summary["metrics"]) == [
+        "candidate",
+        "constant",
+        "popularity",
+        "logistic_regression",
+        "gradient_boosting",
+    ]
+    metrics = summary["metrics"]
+    assert metrics["candidate"]["auc"] > metrics["popularity"]["auc"] > 0.6
+    assert metrics["constant"]["auc"] == pytest.approx(0.5)
+
+
+def test_the_closing_table_says_the_same(run, summary):
+    printed = run[1].stdout + run[1].stderr
+    for text in (summary["version"], summary["bento_tag"], "gradient_boosting", "drift.html"):
+        assert text in printed
+    assert "leaked" not in printed
+
+
+def test_pages_are_self_contained(run):
+    for page in ("validation.html", "drift.html"):
+        text = (run[0].folder / "data/test/08_reporting" / page).read_text(encoding="utf-8")
+        assert "<script src" not in text
+        assert 'rel="stylesheet" href="http' not in text
+
+
+def test_the_champion_scores_alone_what_was_scored_in_training(run):
+    project, _ = run
+    versions = Registry(project.folder / "data/test/06_models/registry")
+    champion = versions.champion()
+    folder = versions.path(champion)
+    golden = json.loads((folder / "golden.json").read_text())
+    from fathom.ranker import frame_of_rows
+
+    ranker = Ranker.load(folder)
+    scores = ranker.score(frame_of_rows(golden["rows"], ranker.spec))
+    np.testing.assert_allclose(scores, golden["probabilities"], atol=TOLERANCE, rtol=0)
+    assert project.json("06_models/bento.json")["dry_run"]["max_difference"] <= TOLERANCE
+
+
+def test_a_second_run_ends_with_the_same_version(run, summary):
+    project, _ = run
+    done = project.kedro("run", "--env", "test", check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    again = project.json("08_reporting/run_summary.json")
+    assert again["version"] == summary["version"]
+    assert again["data_hash"] == summary["data_hash"]
+    assert again["gate"]["promoted"]
+    assert "already champion" in again["gate"]["reasons"][0]
+    candidate = again["metrics"]["candidate"]
+    assert candidate == summary["metrics"]["candidate"]
+    assert again["metrics"][f"champion {summary['version']}"] == candidate
+
+
+def test_commands_show_and_guard_the_champion(run, summary):
+    project, _ = run
+    shown = project.kedro("champion", "--env", "test").stdout
+    assert f"* {summary['version']}" in shown
+    refused = project.kedro("rollback", "--env", "test", check=False)
+    assert refused.returncode != 0
+    assert "has no predecessor to roll back to" in refused.stderr
+    unknown = project.kedro("promote", "nonsense", "--env", "test", check=False)
+    assert unknown.returncode != 0
+    assert "no version 'nonsense'" in unknown.stderr
+
+
+def _served(project):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kedro", "serve", "--env", "test", "--port", str(port)],
+        cwd=project.folder,
+        env=project.environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    return process, f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def service(run):
+    """`kedro serve` as a process, once it can rank."""
+    process, url = _served(run[0])
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                answer = httpx.post(f"{url}/rank", json={}, timeout=5)
+                if answer.status_code != 503:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None, "kedro serve ended"
+            time.sleep(0.5)
+        else:
+            pytest.fail("kedro serve was not ready within 120 s")
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def visit(run):
+    """A household and twenty products of its store, a day after the newest features."""
+    frame = pq.read_table(run[0].folder / "data/test/05_model_input/training_frame.parquet")
+    last = frame.slice(len(frame) - 1).to_pylist()[0]
+    same = frame.filter(pa.compute.equal(frame["store_id"], last["store_id"]))
+    products = list(dict.fromkeys(same["product_id"].to_pylist()))[-20:]
+    until = datetime.fromisoformat(run[0].json("04_feature/state.json")["until"])
+    return last, products, until.replace(tzinfo=timezone.utc)
+
+
+def test_ranking_over_http_equals_offline_scoring(run, service, visit):
+    """The same features through Feast's history and through the online store: no skew."""
+    from fathom.feature_store import FeatureRepo, FeatureStoreConfig, frame_of
+
+    project, _ = run
+    row, products, moment = visit
+    context = {name: row[name] for name in ("store_id", "display", "mailer")}
+    answer = httpx.post(
+        f"{service}/rank",
+        json={
+            "user": row["household_id"],
+            "context": context,
+            "candidates": products,
+            "timestamp": moment.isoformat(),
+        },
+        timeout=30,
+    )
+    assert answer.status_code == 200, answer.text
+    served = {item["item"]: item["probability"] for item in answer.json()["items"]}
+    assert answer.json()["version"] == project.json("06_models/release.json")["version"]
+    assert list(served.values()) == sorted(served.values(), reverse=True)
+
+    versions = Registry(project.folder / "data/test/06_models/registry")
+    ranker = versions.load(versions.champion())
+    spine = pa.table(
+        {
+            "basket_id": ["b"] * len(products),
+            "household_id": [row["household_id"]] * len(products),
+            "product_id": products,
+            "event_timestamp": pa.array([moment] * len(products), pa.timestamp("us", "UTC")),
+            **{name: [value] * len(products) for name, value in context.items()},
+        }
+    )
+    repo = FeatureRepo(FeatureStoreConfig(folder="data/test/04_feature"), project.folder)
+    offline = ranker.score(frame_of(repo.training_frame(spine, ranker.spec)))
+    np.testing.assert_allclose(
+        [served[product] for product in products], offline, atol=TOLERANCE, rtol=0
+    )
+
+
+def test_unknown_users_and_items_are_scored_and_counted(service, visit):
+    _, products, moment = visit
+    answer = httpx.post(
+        f"{service}/rank",
+        json={
+            "user": "nobody",
+            "context": {"store_id": "new store", "display": "0", "mailer": "0"},
+            "candidates": [products[0], "no such product"],
+            "timestamp": moment.isoformat(),
+        },
+        timeout=30,
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["user_known"] is False
+    assert answer.json()["unknown_items"] == 1
+    assert all(0 < item["probability"] < 1 for item in answer.json()["items"])

@@ -1,0 +1,60 @@
+"""`kedro run` killed at one stage after another, then run to its end: the undisturbed result."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from projects import make_project
+
+pytestmark = pytest.mark.e2e
+
+#: A node of each stage that writes; the process is killed a moment after it has begun.
+NODES = ["validate_raw", "summarise_logs", "materialise_online", "train_candidate", "package"]
+
+#: Less data than the environment `test`: six runs must fit.
+SLICE = "source.household_share=0.012,training.epochs=1"
+
+
+def _run_and_kill(project, node: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kedro", "run", "--env", "test", "--params", SLICE],
+        cwd=project.folder,
+        env=project.environment | {"PYTHONUNBUFFERED": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    log = []
+    for line in process.stderr:
+        log.append(line)
+        if f"Running node: {node}:" in line:
+            time.sleep(0.3)
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait(30) == -signal.SIGKILL, "".join(log)[-3000:]
+
+
+def _finish(project) -> dict:
+    done = project.kedro("run", "--env", "test", "--params", SLICE, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = project.json("08_reporting/run_summary.json")
+    for varies in ("seconds", "peak_memory_mb"):
+        summary.pop(varies)
+    return summary
+
+
+def test_a_run_killed_at_any_stage_can_simply_be_run_again(root, tmp_path):
+    killed = make_project(root, tmp_path / "killed")
+    for node in NODES:
+        _run_and_kill(killed, node)
+    undisturbed = make_project(root, tmp_path / "undisturbed")
+    assert _finish(killed) == _finish(undisturbed)

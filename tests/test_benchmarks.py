@@ -1,0 +1,138 @@
+"""The benchmarks run as their users run them: as scripts, on what a run left."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fathom
+from fathom.config import TrainingConfig
+from fathom.encoding import fit_encoder
+from small_ranker import SPEC, plain_frame
+
+ROOT = Path(__file__).parents[1]
+METRICS = ["auc", "logloss", "user_auc", "ndcg_at_10", "calibration", "ece"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of a small shop leaves below its data folder."""
+    folder = tmp_path_factory.mktemp("data")
+    frame = plain_frame(400)
+    inputs = folder / "05_model_input"
+    encoder = fit_encoder(frame, SPEC)
+    encoder.save(inputs / "encoder")
+    batch = encoder.encode(frame)
+    splits = {"train": range(240), "validation": range(240, 300), "test": range(300, 400)}
+    for name, rows in splits.items():
+        batch.take(np.array(rows)).save(inputs / name)
+    shown = {name: frame[name][240:].tolist() for name in ("user_id", "item_id", "bought")}
+    shown["request_id"] = [f"r{row // 5}" for row in range(160)]
+    shown["split"] = ["validation"] * 60 + ["test"] * 100
+    shown["probability"] = [0.5] * 160
+    (folder / "07_model_output").mkdir()
+    pq.write_table(pa.table(shown), folder / "07_model_output" / "predictions.parquet")
+    (folder / "02_intermediate").mkdir()
+    (folder / "02_intermediate" / "data_hash.txt").write_text("c0ffee")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seeds() -> Iterator[ModuleType]:
+    """``benchmarks/seeds.py``, which is a script and in no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module("seeds")
+
+
+@pytest.fixture(scope="module")
+def printed(data: Path) -> list[str]:
+    """The lines that a quick run prints."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/seeds.py", "--quick", "--json", "--data", str(data)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_seeds_prints_a_table_and_ends_with_one_json_object(printed: list[str]) -> None:
+    assert [line.split()[0] for line in printed[:5]] == ["seed", "0", "1", "mean", "spread"]
+    figures = json.loads(printed[-1])
+    first, second = figures["runs"]
+    assert (first["seed"], second["seed"]) == (0, 1) == tuple(figures["seeds"])
+    assert list(first["metrics"]) == METRICS
+    assert first["metrics"] != second["metrics"]  # another seed is another model
+    for name in METRICS:
+        values = [run["metrics"][name] for run in figures["runs"]]
+        assert figures["mean"][name] == pytest.approx(statistics.fmean(values))
+        assert figures["spread"][name] == pytest.approx(statistics.stdev(values))
+        assert f"{figures['mean'][name]:.5f}" in printed[3]
+
+
+def test_seeds_says_what_its_figures_stand_on(printed: list[str]) -> None:
+    figures = json.loads(printed[-1])
+    assert figures["sizes"] == {"train": 240, "validation": 60, "test": 100}
+    assert figures["spec_hash"] == SPEC.hash
+    assert figures["data_hash"] == "c0ffee"
+    assert figures["code_version"] == fathom.__version__
+    assert "cores" in figures["hardware"]
+    assert figures["training"]["epochs"] == 1  # quick
+    assert figures["training"]["model"] == "wide_deep"
+
+
+def test_a_seed_gives_the_same_figures_whichever_stand_beside_it(
+    seeds: ModuleType, data: Path
+) -> None:
+    config = TrainingConfig(hidden=(4,), epochs=1, batch_size=64)
+    two, three = (seeds.measure(data, config, range(3, end)) for end in (5, 6))
+    assert three["seeds"] == [3, 4, 5]
+    assert [run["metrics"] for run in two["runs"]] == [run["metrics"] for run in three["runs"][:2]]
+
+
+def test_without_a_run_seeds_names_what_is_missing_and_how_to_make_it(
+    seeds: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        seeds.InputError,
+        match=r"05_model_input/encoder, .*predictions\.parquet; .*: kedro run --env test$",
+    ):
+        seeds.measure(tmp_path / "test", TrainingConfig(), range(2))
+
+
+def test_splits_and_predictions_of_different_runs_are_not_mixed(
+    seeds: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    for name in ("02_intermediate", "05_model_input"):
+        (tmp_path / name).symlink_to(data / name)
+    rows = pq.read_table(data / "07_model_output" / "predictions.parquet")
+    (tmp_path / "07_model_output").mkdir()
+    pq.write_table(rows.slice(0, 159), tmp_path / "07_model_output" / "predictions.parquet")
+    with pytest.raises(seeds.InputError, match="not of the run that encoded the test split"):
+        seeds.measure(tmp_path, TrainingConfig(), range(2))
+
+
+def test_a_spread_needs_two_seeds(
+    seeds: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "1"])
+    with pytest.raises(SystemExit):
+        seeds.main()
+    assert "--seeds is 1; a spread needs 2 or more" in capsys.readouterr().err

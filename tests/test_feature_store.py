@@ -1,0 +1,765 @@
+"""The feature store on a small generated world: what it registers, joins, and gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import small_store
+import yaml
+from pydantic import ValidationError
+from small_store import COLUMNS, CROSSES, DAY, SECOND, SPEC, START, a_spec, a_table, aggregate
+
+from fathom import feature_store
+from fathom.batch import Ragged
+from fathom.encoding import FrameError, evaluate_cross
+from fathom.feature_store import (
+    FeatureRepo,
+    FeatureStoreConfig,
+    FeatureStoreError,
+    cross_of_rows,
+    frame_of,
+    to_arrow,
+    write_parquet,
+)
+from fathom.features import stored_name
+from fathom.spec import FeatureSpec
+
+TEXTS = pa.list_(pa.string())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> small_store.Store:
+    """The whole world, applied and materialised; tests read it and change nothing."""
+    return small_store.ready(tmp_path_factory.mktemp("store"))
+
+
+def spine_of(store: small_store.Store) -> pa.Table:
+    """The logged exposures with the probes behind them, shuffled."""
+    logged = store.tables["exposures"].drop_columns("arrival_timestamp")
+    probes = small_store.probes(store)
+    spine = pa.concat_tables(
+        [logged, probes.select(probes.column_names)], promote_options="default"
+    )
+    return spine.take(np.random.default_rng(1).permutation(len(spine)))
+
+
+@pytest.fixture(scope="module")
+def spine(store: small_store.Store) -> pa.Table:
+    return spine_of(store)
+
+
+@pytest.fixture(scope="module")
+def frame(store: small_store.Store, spine: pa.Table) -> pa.Table:
+    return store.repo.training_frame(spine, SPEC)
+
+
+def named(names: str, **more: dict[str, Any]) -> list[dict[str, Any]]:
+    """Columns of the small world by name, in its order; others as given."""
+    wanted = names.split()
+    return [c | more.get(c["name"], {}) for c in COLUMNS if c["name"] in wanted]
+
+
+# -- what is registered --------------------------------------------------------------------------
+
+
+def registered(repo: FeatureRepo) -> dict[str, set[str]]:
+    found = repo.open()
+    return {
+        "entities": {e.name for e in found.list_entities()} - {"__dummy"},
+        "views": {view.name for view in found.list_batch_feature_views()},
+        "crosses": {view.name for view in found.list_on_demand_feature_views()},
+        "services": {service.name for service in found.list_feature_services()},
+        "sources": {source.name for source in found.list_data_sources()},
+    }
+
+
+def test_the_registry_holds_exactly_the_objects_of_the_spec(store: small_store.Store):
+    views = {
+        *("users", "items"),
+        *("user_id_interactions", "user_id_exposures"),
+        *("user_id_item_id_interactions", "user_id_item_id_interactions_packed"),
+        *("user_id_genre_interactions", "user_id_genre_interactions_packed"),
+        *("user_id_shop_genre_interactions", "user_id_shop_genre_interactions_packed"),
+        *("user_id_tier_interactions", "user_id_tier_interactions_packed"),
+        *("item_id_interactions", "item_id_exposures", "genre_interactions", "shop_interactions"),
+        *("shop_item_id_interactions", "slot_item_id_exposures"),
+        *("tier_interactions", "tier_genre_exposures"),
+    }
+    crosses = {
+        *("user_id_x_genre", "genre_x_shop", "recent_genres_x_genre", "searches_x_genre"),
+        *("recent_genres_x_tags_x_slot", "user_acts_x_genre", "item_rate_4d_x_discount"),
+        "pair_share_x_user_recency",
+    }
+    from_request = crosses - {"recent_genres_x_genre", "user_acts_x_genre"}
+    assert registered(store.repo) == {
+        "entities": {"user_id", "item_id", "genre", "shop", "slot", "tier"},
+        "views": views,
+        "crosses": {f"cross_{name}" for name in crosses},
+        "services": {"wide", "deep", "ranker"},
+        "sources": {f"{v}_source" for v in views} | {f"context_{name}" for name in from_request},
+    }
+
+
+def test_objects_say_what_they_are(store: small_store.Store):
+    found = store.repo.open()
+    user, view = found.get_entity("user_id"), found.get_feature_view("user_id_interactions")
+    assert (user.join_key, user.tags) == ("user_id", {"owner": "user"})
+    assert view.tags == {"spec": SPEC.hash[:12], "owner": "user"}
+    assert view.description.startswith("user_id_interactions: user_acts, user_acts_3d")
+    owners = {v.name: v.tags["owner"] for v in found.list_batch_feature_views()}
+    assert owners["shop_item_id_interactions"] == "context"
+    assert owners["item_id_interactions"] == owners["genre_interactions"] == "item"
+    assert owners["tier_genre_exposures"] == "user"
+    online = {v.name for v in found.list_batch_feature_views() if v.online}
+    assert online == {"users", "user_id_interactions", "user_id_exposures"} | {
+        name for name in owners if name.endswith("_packed")
+    }
+
+
+def test_fields_have_the_types_of_their_columns(store: small_store.Store):
+    found = store.repo.open()
+
+    def types(view: str) -> dict[str, str]:
+        return {f.name: str(f.dtype) for f in found.get_feature_view(view).features}
+
+    assert types("users") == {"tier": "String", "age": "Float64", "hobbies": "Array(String)"}
+    assert types("user_id_interactions") == {
+        "user_acts": "Int64",
+        "user_acts_3d": "Int64",
+        "user_spent": "Float64",
+        "user_recency__last_us": "Int64",
+        "recent_genres": "Array(String)",
+        "recent_items": "Array(String)",
+    }
+    pair = "user_id_item_id_interactions"
+    assert types(f"{pair}_packed") == {
+        f"{pair}__item_id": "Array(String)",
+        f"{pair}__pair_acts": "Array(Int64)",
+        f"{pair}__pair_recency__last_us": "Array(Int64)",
+        f"{pair}__pair_mean_2d": "Array(Float64)",
+    }
+
+
+def fields(store: Any, service: str) -> set[str]:
+    projections = store.get_feature_service(service).feature_view_projections
+    return {f"{p.name}:{feature.name}" for p in projections for feature in p.features}
+
+
+def test_the_wide_service_is_what_the_wide_part_reads(store: small_store.Store):
+    """Wide columns and parts of crosses, which for a ratio are its parts; keys are the rows' own."""
+    crosses = {f"cross_{cross.name}:{cross.name}" for cross in SPEC.crosses}
+    assert fields(store.repo.open(), "wide") == crosses | {
+        *("items:genre", "items:tags"),
+        *("user_id_interactions:recent_genres", "user_id_interactions:user_acts"),
+        "user_id_interactions:user_recency__last_us",
+        "user_id_item_id_interactions:pair_acts",
+        "item_id_exposures:item_rate_4d",
+    }
+
+
+def test_the_deep_service_is_what_the_deep_part_reads(store: small_store.Store):
+    found = fields(store.repo.open(), "deep")
+    deep = {c.name: c for c in SPEC.columns if c.deep and c.ratio is None}
+    held = {
+        stored_name(c) if c.aggregate else name
+        for name, c in deep.items()
+        if c.owner != "context" and name not in SPEC.keys
+    }
+    # `price` is no deep column of its own, but the deep ratio `price_share` is made of it.
+    assert {name.split(":")[1] for name in found} == held | {"price"}
+    assert "items:tags" not in found
+    assert not any("packed" in name or "cross" in name for name in found)
+
+
+def test_the_ranker_service_has_everything_but_pickled_code(store: small_store.Store):
+    found = store.repo.open()
+    views = {p.name for p in found.get_feature_service("ranker").feature_view_projections}
+    assert views == registered(store.repo)["views"]
+    assert not views & registered(store.repo)["crosses"]
+
+
+def test_a_spec_without_crosses_and_attributes_is_enough(tmp_path: Path):
+    spec = a_spec(named("user_id item_id user_acts", user_id={"wide": False}), [])
+    made = small_store.written(tmp_path, spec, small_store.generated())
+    made.repo.apply(spec)
+    assert registered(made.repo) == {
+        "entities": {"user_id", "item_id"},
+        "views": {"user_id_interactions"},
+        "crosses": set(),
+        "services": {"deep", "ranker"},  # nothing is wide
+        "sources": {"user_id_interactions_source"},
+    }
+
+
+def test_what_the_spec_no_longer_has_is_removed(tmp_path: Path):
+    before = a_spec(
+        named("user_id item_id genre shop user_acts genre_acts pair_acts"),
+        [{"columns": ["genre", "shop"]}],
+    )
+    made = small_store.written(tmp_path, before, small_store.generated())
+    made.repo.apply(before)
+    assert registered(made.repo)["crosses"] == {"cross_genre_x_shop"}
+    assert registered(made.repo)["services"] == {"wide", "deep", "ranker"}
+    made.repo.publish_embeddings("v1", {"item_vectors": ("item_id", ["i1"], np.ones((1, 2), "f4"))})
+    after = a_spec(named("user_id item_id shop user_acts", user_id={"wide": False}), [])
+    made.repo.apply(after)
+    assert registered(made.repo) == {
+        "entities": {"user_id", "item_id"},
+        "views": {"user_id_interactions", "item_vectors"},
+        "crosses": set(),
+        # The embeddings are the ranker's, not the spec's: they stay until the next ones come.
+        "services": {"deep", "ranker", "embeddings"},
+        "sources": {"user_id_interactions_source", "item_vectors_source"},
+    }
+    assert fields(made.repo.open(), "deep") == {"user_id_interactions:user_acts"}
+    made.repo.apply(after)  # again, which changes nothing
+    assert "item_vectors" in registered(made.repo)["views"]
+
+
+def test_all_missing_sources_are_named_together(tmp_path: Path):
+    spec = a_spec(named("user_id item_id genre user_acts pair_acts"), [])
+    repo = FeatureRepo(FeatureStoreConfig(folder="nowhere"), tmp_path)
+    expected = (
+        r"no source for feature views \['items', 'user_id_interactions', "
+        r"'user_id_item_id_interactions', 'user_id_item_id_interactions_packed'\] in "
+        rf"{tmp_path}/nowhere; run the features pipeline"
+    )
+    with pytest.raises(FeatureStoreError, match=expected):
+        repo.apply(spec)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_settings_are_written_for_feasts_own_tools_and_only_when_they_change(
+    store: small_store.Store,
+):
+    path = store.repo.folder / "feature_store.yaml"
+    settings = yaml.safe_load(path.read_text())
+    assert settings["offline_store"] == {"type": "fathom.asof_store.AsofOfflineStore"}
+    assert settings["online_store"]["path"] == f"{store.repo.folder}/online.db"
+    assert settings["registry"]["path"] == f"sqlite:///{store.repo.folder}/registry.db"
+    before = path.stat()
+    store.repo.open()
+    assert path.stat().st_ino == before.st_ino
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ValidationError, match="foldr"):
+        FeatureStoreConfig(foldr="data")  # type: ignore[call-arg]
+
+
+# -- the training frame --------------------------------------------------------------------------
+
+
+def test_the_frame_has_the_spines_rows_in_order_and_every_column_of_the_spec(
+    spine: pa.Table, frame: pa.Table
+):
+    assert frame.num_rows == spine.num_rows
+    for name in ("request_id", "user_id", "item_id", "event_timestamp", "shop", "bought"):
+        assert frame[name].to_pylist() == spine[name].to_pylist()
+    assert sorted(frame.column_names) == sorted({*spine.column_names, *SPEC.by_name})
+    numeric = {c.name for c in SPEC.columns if c.is_numeric}
+    assert {frame.schema.field(name).type for name in numeric} == {pa.float32()}
+
+
+def test_the_frame_starts_with_the_spine_and_ends_with_numbers_in_the_order_of_the_spec(
+    spine: pa.Table, frame: pa.Table
+):
+    kept = [name for name in spine.column_names if name != "discount"]
+    assert frame.column_names[: len(kept)] == kept
+    numeric = [c.name for c in SPEC.columns if c.is_numeric]
+    assert frame.column_names[-len(numeric) :] == numeric
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def known_before(rows: list[dict[str, Any]], moment: datetime) -> list[dict[str, Any]]:
+    """Rows that had happened and arrived strictly before the last boundary at a moment."""
+    boundary = START + (moment - START) // DAY * DAY
+    return [
+        row
+        for row in rows
+        if max(row["event_timestamp"], row["arrival_timestamp"] or row["event_timestamp"])
+        < boundary
+    ]
+
+
+def test_each_exposure_sees_what_was_known_strictly_before_it(
+    store: small_store.Store, frame: pa.Table
+):
+    """Counts, rates and histories recomputed in Python, row by row, from the logs."""
+    genres: dict[str, list[tuple[datetime, str | None]]] = {}
+    for row in rows_of(store.tables["items"]):
+        genres.setdefault(row["item_id"], []).append((row["event_timestamp"], row["genre"]))
+
+    def genre(item: str, moment: datetime) -> str | None:
+        held = [value for start, value in genres.get(item, []) if start <= moment]
+        return held[-1] if held else None
+
+    acts, shown = (rows_of(store.tables[n]) for n in ("interactions", "exposures"))
+    for row in rows_of(frame)[:150]:
+        moment, user, item = row["event_timestamp"], row["user_id"], row["item_id"]
+        assert row["genre"] == genre(item, moment)
+        before = known_before(acts, moment)
+        own = [act for act in before if act["user_id"] == user]
+        pair = [act for act in own if act["item_id"] == item]
+        assert row["user_acts"] == len(own)
+        assert row["pair_acts"] == len(pair)
+        assert row["pair_share"] == np.float32(len(pair) / (len(own) + 1))
+        same = [a for a in own if row["genre"] == genre(a["item_id"], a["event_timestamp"])]
+        assert row["user_genre_acts"] == (len(same) if row["genre"] is not None else 0)
+        labels = [s["bought"] for s in known_before(shown, moment) if s["user_id"] == user]
+        assert row["user_rate"] == np.float32((sum(labels) + 1) / (len(labels) + 5))
+        newest = max((act["event_timestamp"] for act in own), default=None)
+        if newest is None:
+            assert math.isnan(row["user_recency"])
+            assert not row["recent_items"]
+        else:
+            assert row["user_recency"] == np.float32((moment - newest) / DAY)
+            assert set(row["recent_items"]) <= {act["item_id"] for act in own}
+            assert len(row["recent_items"]) == min(4, len(own))
+
+
+def test_who_and_what_is_unknown_gets_defaults(store: small_store.Store):
+    stranger = {
+        "request_id": "r",
+        "user_id": "nobody",
+        "item_id": "nothing",
+        "event_timestamp": START + 40 * DAY,
+        "shop": None,
+        "slot": "top",
+        "discount": None,
+        "searches": None,
+    }
+    row = rows_of(store.repo.training_frame(a_table([stranger]), SPEC))[0]
+    counts = ("user_acts", "pair_acts", "item_acts", "shop_item_acts_5d", "user_spent", "tier_acts")
+    assert [row[name] for name in counts] == [0.0] * 6
+    assert row["user_rate"] == row["item_rate_4d"] == row["tier_genre_rate"] == np.float32(0.2)
+    for name in ("user_recency", "pair_recency", "item_mean", "pair_mean_2d", "age", "price"):
+        assert math.isnan(row[name])
+    assert (row["pair_share"], row["price_share"], row["tier"], row["genre"]) == (0, 0, None, None)
+    frame = frame_of(store.repo.training_frame(a_table([stranger]), SPEC))
+    for name in ("recent_genres", "item_shops", "hobbies", "tags", "searches"):
+        assert frame[name].lengths.tolist() == [0]  # type: ignore[union-attr]
+
+
+def test_no_exposures_give_an_empty_frame_of_the_same_columns(
+    store: small_store.Store, spine: pa.Table, frame: pa.Table
+):
+    empty = store.repo.training_frame(spine.slice(0, 0), SPEC)
+    assert (empty.num_rows, empty.column_names) == (0, frame.column_names)
+    assert {c.name: len(frame_of(empty)[c.name]) for c in SPEC.columns} == dict.fromkeys(
+        SPEC.by_name, 0
+    )
+
+
+def test_a_spine_without_the_context_is_refused_with_all_that_is_absent(
+    store: small_store.Store, spine: pa.Table
+):
+    spine = spine.drop_columns(["discount", "searches"])
+    expected = r"absent columns \['discount', 'searches'\]; the spec needs them"
+    with pytest.raises(FrameError, match=expected):
+        store.repo.training_frame(spine, SPEC)
+
+
+# -- planted leaks -------------------------------------------------------------------------------
+
+
+@contextmanager
+def planted(
+    store: small_store.Store, view: str, change: Callable[[pa.Table], pa.Table]
+) -> Iterator[None]:
+    """The source of a view, changed for a while."""
+    path = store.repo.source(view)
+    honest = pq.read_table(path)
+    write_parquet(change(honest), path)
+    try:
+        yield
+    finally:
+        write_parquet(honest, path)
+
+
+def comparable(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose missing numbers equal each other."""
+    return {k: "NaN" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def exposure(moment: datetime) -> pa.Table:
+    return a_table(
+        [
+            {
+                "request_id": "r",
+                "user_id": "u1",
+                "item_id": "i1",
+                "event_timestamp": moment,
+                "shop": "north",
+                "slot": "top",
+                "discount": 0.0,
+                "searches": [],
+            }
+        ]
+    )
+
+
+def test_a_feature_row_one_second_after_the_exposure_never_reaches_it(store: small_store.Store):
+    moment = store.until - 5 * DAY + timedelta(hours=3)
+    view = "user_id_interactions"
+    honest = rows_of(store.repo.training_frame(exposure(moment), SPEC))[0]
+
+    def leak(source: pa.Table) -> pa.Table:
+        future = rows_of(source.filter(pc.field("user_id") == "u1"))[-1] | {
+            "event_timestamp": moment + SECOND,
+            "created_timestamp": moment + SECOND,
+            "user_acts": 999,
+            "recent_genres": ["leaked"],
+        }
+        return pa.concat_tables([source, pa.Table.from_pylist([future], source.schema)])
+
+    with planted(store, view, leak):
+        guarded = rows_of(store.repo.training_frame(exposure(moment), SPEC))[0]
+        later = rows_of(store.repo.training_frame(exposure(moment + SECOND), SPEC))[0]
+        rows = rows_of(pq.read_table(store.repo.source(view)))
+    assert comparable(guarded) == comparable(honest)
+    assert later["user_acts"] == 999  # the planted row is there, a second too late
+    # Without the guard (the nearest row in time, whichever side it is on) it would have leaked.
+    own = [row for row in rows if row["user_id"] == "u1"]
+    nearest = min(own, key=lambda row: abs(row["event_timestamp"] - moment))
+    assert nearest["user_acts"] == 999
+    assert guarded["user_acts"] != nearest["user_acts"]
+
+
+def test_an_attribute_of_one_second_later_never_reaches_the_exposure(store: small_store.Store):
+    moment = START + 20 * DAY
+
+    def leak(source: pa.Table) -> pa.Table:
+        stamps = {"event_timestamp": moment + SECOND, "created_timestamp": moment + SECOND}
+        future = {"item_id": "i1", "genre": "leaked", "price": 9.0, "tags": ["leaked"], **stamps}
+        return pa.concat_tables([source, pa.Table.from_pylist([future], source.schema)])
+
+    with planted(store, "items", leak):
+        guarded = rows_of(store.repo.training_frame(exposure(moment), SPEC))[0]
+        later = rows_of(store.repo.training_frame(exposure(moment + SECOND), SPEC))[0]
+    assert (guarded["genre"], later["genre"]) == ("tea", "leaked")
+
+
+def test_a_row_that_arrived_late_never_reaches_exposures_before_its_arrival(tmp_path: Path):
+    """It happened on day 1 and arrived on day 3; the exposure in between must not count it."""
+    spec = a_spec(named("user_id item_id user_acts user_rate user_recency"), [])
+    happened, arrived = START + 1.5 * DAY, START + 3.5 * DAY
+    late = {
+        "request_id": "r",
+        "user_id": "u1",
+        "item_id": "i1",
+        "event_timestamp": happened,
+        "arrival_timestamp": arrived,
+        "bought": 1,
+    }
+    tables = {
+        "interactions": a_table([late]),
+        "exposures": a_table([late]),
+        "users": a_table([{"user_id": "u1", "event_timestamp": START}]),
+        "items": a_table([{"item_id": "i1", "event_timestamp": START}]),
+    }
+    between, after = START + 2.5 * DAY, START + 4.5 * DAY
+    spine = a_table(
+        [late | {"event_timestamp": moment} for moment in (between, after)],
+        *("request_id", "user_id", "item_id", "event_timestamp"),
+    )
+
+    def frame(folder: str, **logs: pa.Table) -> list[dict[str, Any]]:
+        made = small_store.written(tmp_path / folder, spec, tables | logs)
+        made.repo.apply(spec)
+        return rows_of(made.repo.training_frame(spine, spec))
+
+    guarded = frame("guarded")
+    assert [row["user_acts"] for row in guarded] == [0, 1]
+    assert [row["user_rate"] for row in guarded] == [np.float32(0.2), np.float32(2 / 6)]
+    assert math.isnan(guarded[0]["user_recency"])
+    assert guarded[1]["user_recency"] == 3.0  # the age of the event, not of its arrival
+    # Without the guard (logs by event time alone), the first exposure would have seen it.
+    leaky = frame(
+        "leaky",
+        **{n: tables[n].drop_columns("arrival_timestamp") for n in ("interactions", "exposures")},
+    )
+    assert [row["user_acts"] for row in leaky] == [1, 1]
+    assert leaky[0]["user_rate"] == np.float32(2 / 6)
+
+
+# -- crosses through Feast -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crossed(
+    store: small_store.Store, spine: pa.Table, frame: pa.Table
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Every cross of every exposure as Feast computes it, and the frame that the encoder sees."""
+    import pandas as pd
+
+    asked = spine.select(
+        ["user_id", "item_id", "event_timestamp", "shop", "slot", "discount", "searches"]
+    )
+    for name in ("tier", "pair_share", "user_recency"):
+        asked = asked.append_column(name, frame[name])
+    references = [f"cross_{cross.name}:{cross.name}" for cross in SPEC.crosses]
+    rows = asked.to_pandas(types_mapper=pd.ArrowDtype)
+    fetched = store.repo.open().get_historical_features(rows, references).to_arrow()
+    return fetched, frame_of(frame)
+
+
+@pytest.mark.parametrize("cross", SPEC.crosses, ids=lambda cross: cross.name)
+def test_a_cross_fetched_from_feast_is_the_encoders_own(
+    crossed: tuple[pa.Table, dict[str, Any]], cross: Any
+):
+    fetched, encoders = crossed
+    expected = evaluate_cross(cross, SPEC, encoders)
+    found = fetched[cross.name].to_pylist()
+    if isinstance(expected, Ragged):
+        signed = expected.values.view(np.int64).tolist()
+        bounds = expected.offsets.tolist()
+        rows = [signed[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        assert [list(keys or []) for keys in found] == rows
+        assert sum(map(len, rows)) > 20
+    else:
+        assert found == expected.view(np.int64).tolist()
+        assert len({key for key in found if key}) > 3
+
+
+def test_kinds_of_crosses_are_all_here(crossed: tuple[pa.Table, dict[str, Any]]):
+    """The crosses above would prove little if none were missing, ragged or from the request."""
+    fetched, _ = crossed
+    assert fetched["user_id_x_genre"].to_pylist().count(0) > 5  # items without a genre
+    assert pa.types.is_list(fetched["recent_genres_x_tags_x_slot"].type)
+    unknown = [row for row in rows_of(fetched) if row["user_id"] == "u9" and row["genre"] == "tea"]
+    assert unknown
+    assert all(row["user_acts_x_genre"] != 0 for row in unknown)  # a count of 0, not a missing one
+
+
+def test_a_cross_buckets_the_numbers_that_the_model_sees():
+    """The model reads 0.7 in 32 bits, which is just below a boundary of 0.7."""
+    import pandas as pd
+
+    columns = [
+        *named("user_id item_id"),
+        {"name": "discount", "kind": "numeric", "owner": "context", "buckets": (0.7,)},
+        aggregate("user_rate", "user_id", "rate", **small_store.RATE) | {"buckets": (0.2, 0.7)},
+    ]
+    spec = a_spec(columns, [{"columns": ["discount", "user_rate"]}])
+    rows = pd.DataFrame({"discount": [0.7, 0.7, None], "user_rate": [0.7, None, 0.7]})
+    found = cross_of_rows(rows, spec.to_json(), 0)["discount_x_user_rate"].tolist()
+    seen = {"discount": np.float32([0.7, 0.7, np.nan]), "user_rate": np.float32([0.7, 0.2, 0.7])}
+    expected = evaluate_cross(spec.crosses[0], spec, seen)
+    assert isinstance(expected, np.ndarray)
+    assert found == expected.view(np.int64).tolist()
+    assert found[2] == 0
+
+
+def test_a_cross_of_rows_keeps_their_index():
+    import pandas as pd
+
+    spec = a_spec(named("user_id item_id genre shop tags"), [{"columns": ["tags", "shop"]}])
+    rows = pd.DataFrame({"tags": [["a", "b"], None, []], "shop": ["x"] * 3}, index=[5, 3, 5])
+    found = cross_of_rows(rows, spec.to_json(), 0)
+    assert found.index.tolist() == [5, 3, 5]
+    assert [len(keys) for keys in found["tags_x_shop"]] == [2, 0, 0]
+
+
+# -- the online side and the newest rows ---------------------------------------------------------
+
+
+def test_the_newest_row_of_each_key_is_read_from_the_offline_store(store: small_store.Store):
+    items = {row["item_id"]: row for row in rows_of(store.repo.latest("items", SPEC))}
+    assert len(items) == small_store.ITEMS - 1
+    assert set(items["i0"]) == {"item_id", "genre", "price", "tags", "event_timestamp"}
+    assert (items["i0"]["genre"], items["i0"]["event_timestamp"]) == ("tea", START + 8 * DAY)
+    counts = {
+        row["item_id"]: row for row in rows_of(store.repo.latest("item_id_interactions", SPEC))
+    }
+    acts = rows_of(store.tables["interactions"])
+    assert counts["i3"]["item_acts"] == sum(act["item_id"] == "i3" for act in acts)
+
+
+def test_attributes_without_a_time_of_their_own_are_served_too(tmp_path: Path):
+    """Sources stamp them with the first second of 1970."""
+    epoch = datetime(1970, 1, 1, tzinfo=timezone.utc)
+    spec = a_spec(named("user_id item_id tier genre user_acts"), [])
+    tables = small_store.generated() | {
+        "users": a_table([{"user_id": "u1", "tier": "gold", "event_timestamp": epoch}]),
+        "items": a_table([{"item_id": "i1", "genre": "tea", "event_timestamp": epoch}]),
+    }
+    made = small_store.written(tmp_path, spec, tables)
+    made.repo.apply(spec)
+    made.repo.materialise(spec, made.until)
+    found = made.repo.open().get_online_features(["users:tier"], [{"user_id": "u1"}]).to_dict()
+    assert found["tier"] == ["gold"]
+    assert rows_of(made.repo.latest("items", spec))[0]["genre"] == "tea"
+
+
+def test_a_users_row_online_is_the_newest_as_of_the_moment_asked_for(tmp_path: Path):
+    spec = a_spec(named("user_id item_id user_acts"), [])
+    made = small_store.written(tmp_path, spec, small_store.generated())
+    made.repo.apply(spec)
+    acts = [r for r in rows_of(made.tables["interactions"]) if r["user_id"] == "u2"]
+    for until in (START + 10 * DAY, made.until):
+        made.repo.materialise(spec, until)
+        read = made.repo.open().get_online_features(
+            ["user_id_interactions:user_acts"], [{"user_id": "u2"}, {"user_id": "nobody"}]
+        )
+        assert read.to_dict()["user_acts"] == [len(known_before(acts, until)), None]
+
+
+def test_embeddings_are_readable_and_say_which_ranker_they_are_of(tmp_path: Path):
+    spec = a_spec(named("user_id item_id user_acts"), [])
+    made = small_store.written(tmp_path, spec, small_store.generated())
+    made.repo.apply(spec)
+    first = np.arange(6, dtype=np.float32).reshape(3, 2)
+    made.repo.publish_embeddings(
+        "v1",
+        {
+            "item_embeddings": ("item_id", ["i0", "i1", "i2"], first),
+            "user_embeddings": ("user_id", ["u0"], np.ones((1, 4), np.float32)),
+        },
+    )
+    references = ["item_embeddings:embedding", "item_embeddings:version"]
+    rows = [{"item_id": key} for key in ("i2", "i0", "never seen")]
+
+    def read() -> dict[str, list[Any]]:
+        online: dict[str, list[Any]] = (
+            made.repo.open().get_online_features(references, rows).to_dict()
+        )
+        return online
+
+    assert read()["embedding"] == [[4.0, 5.0], [0.0, 1.0], None]
+    assert read()["version"] == ["v1", "v1", None]
+    view = made.repo.open().get_feature_view("item_embeddings")
+    assert view.tags == {"version": "v1", "width": "2"}
+    service = made.repo.open().get_feature_service("embeddings")
+    assert service.tags == {"version": "v1"}
+    assert {p.name for p in service.feature_view_projections} == {
+        "item_embeddings",
+        "user_embeddings",
+    }
+    # The next ranker no longer knows i0, whose vector of the last one is told apart by its stamp.
+    made.repo.publish_embeddings("v2", {"item_embeddings": ("item_id", ["i2"], first[:1] + 7)})
+    assert read()["embedding"][0] == [7.0, 8.0]
+    assert read()["version"] == ["v2", "v1", None]
+    assert made.repo.open().get_feature_view("item_embeddings").tags["version"] == "v2"
+    assert made.repo.open().get_entity("item_id").tags == {"owner": "item"}  # as the spec has it
+
+
+# -- tables and frames ---------------------------------------------------------------------------
+
+
+def test_a_table_as_a_frame():
+    table = pa.table(
+        {
+            "text": pa.array(["a", None, "a"]),
+            "number": pa.array([1.5, None, 2.0]),
+            "count": pa.array([3, None, 1], pa.int64()),
+            "whole": pa.array([3, 2, 1], pa.int64()),
+            "flag": pa.array([True, None, False]),
+            "money": pa.array([None, "1.25", "2.50"]).cast(pa.decimal128(9, 2)),
+            "many": pa.array([["x", None], None, []], TEXTS),
+            "large": pa.array([["x"], ["y", "z"], None], pa.large_list(pa.large_string())),
+            "moment": pa.array([START] * 3, pa.timestamp("us", "America/New_York")),
+            "nothing": pa.nulls(3),
+        }
+    )
+    frame = frame_of(table)
+    assert frame["text"].tolist() == ["a", None, "a"]  # type: ignore[union-attr]
+    for name, expected in {
+        "number": [1.5, math.nan, 2.0],
+        "count": [3, math.nan, 1],
+        "flag": [1, math.nan, 0],
+        "money": [math.nan, 1.25, 2.5],
+    }.items():
+        np.testing.assert_array_equal(frame[name], np.array(expected), strict=True)  # type: ignore[arg-type]
+    assert frame["whole"].tolist() == [3, 2, 1]  # type: ignore[union-attr]
+    many, large = frame["many"], frame["large"]
+    assert isinstance(many, Ragged)
+    assert isinstance(large, Ragged)
+    assert (many.values.tolist(), many.offsets.tolist()) == (["x", None], [0, 2, 2, 2])
+    assert (large.values.tolist(), large.offsets.tolist()) == (["x", "y", "z"], [0, 1, 3, 3])
+    assert frame["moment"].tolist() == [START.replace(tzinfo=None)] * 3  # type: ignore[union-attr]
+    assert frame["nothing"].tolist() == [None] * 3  # type: ignore[union-attr]
+
+
+def test_equal_strings_share_one_object():
+    texts = frame_of(pa.table({"text": ["".join(["o", "ne"]), "two", "".join(["on", "e"])]}))[
+        "text"
+    ]
+    assert texts[0] is texts[2]  # type: ignore[index]
+
+
+ROUND_TRIPS = {
+    "texts": pa.array(["b", None, "a", "b"]),
+    "no texts": pa.array([], pa.string()),
+    "only nulls": pa.array([None, None], pa.string()),
+    "lists": pa.array([["a"], [], ["b", None, "a"]], TEXTS),
+    "no lists": pa.array([], TEXTS),
+    "empty lists": pa.array([[], []], TEXTS),
+    "numbers": pa.array([1.5, -2.0], pa.float64()),
+    "integers": pa.array([2**60, -1], pa.int64()),
+}
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [0, 2], [1, 1, 2]], ids=str)
+@pytest.mark.parametrize("column", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
+def test_a_column_survives_as_a_frame_however_it_is_chunked(column: pa.Array, cuts: list[int]):
+    edges = [0, *cuts, len(column)]
+    chunks = [column[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    values = frame_of(pa.table({"c": pa.chunked_array(chunks, column.type)}))["c"]
+    assert len(values) == len(column)
+    assert to_arrow(values).cast(column.type).equals(column)
+
+
+def test_a_chunked_array_of_no_chunks_is_empty():
+    for kind in (pa.string(), TEXTS, pa.float64(), pa.timestamp("us", "UTC")):
+        assert len(frame_of(pa.table({"c": pa.chunked_array([], kind)}))["c"]) == 0
+
+
+def test_a_missing_list_becomes_an_empty_one():
+    values = frame_of(pa.table({"c": pa.array([None, ["a"], None], TEXTS)}))["c"]
+    assert to_arrow(values).to_pylist() == [[], ["a"], []]
+
+
+def test_lists_that_were_cut_from_a_longer_array_are_read_right():
+    column = pa.array([["out"], ["a", "b"], None, ["c"], ["out"]], TEXTS)[1:4]
+    values = frame_of(pa.table({"c": column}))["c"]
+    assert isinstance(values, Ragged)
+    assert (values.values.tolist(), values.offsets.tolist()) == (["a", "b", "c"], [0, 2, 2, 3])
+
+
+def test_parquet_is_written_whole_in_microseconds(tmp_path: Path):
+    nanoseconds = pa.array([START], pa.timestamp("ns", "UTC"))
+    write_parquet(pa.table({"moment": nanoseconds}), tmp_path / "new" / "t.parquet")
+    read = pq.read_table(tmp_path / "new" / "t.parquet")
+    assert read.schema.field("moment").type == pa.timestamp("us", "UTC")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.parquet"]
+
+
+def test_views_of_a_user_and_something_else_are_packed():
+    assert feature_store.is_packable(SPEC, "user_id_item_id_interactions")
+    assert not feature_store.is_packable(SPEC, "user_id_interactions")
+    assert not feature_store.is_packable(SPEC, "tier_genre_exposures")
+
+
+def test_every_kind_of_column_is_in_the_small_world():
+    """What the tests above claim to cover, in case the world is ever thinned out."""
+    measures = {c.aggregate.measure for c in SPEC.columns if c.aggregate}
+    assert measures == {"count", "sum", "mean", "rate", "recency_days", "last"}
+    assert {c.kind for c in SPEC.columns} == {"categorical", "multi", "numeric", "sequence"}
+    assert len(CROSSES) == len(SPEC.crosses) == 8
+    assert isinstance(SPEC, FeatureSpec)
