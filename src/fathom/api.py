@@ -295,11 +295,20 @@ def example_row(spec: FeatureSpec) -> dict[str, Any]:
     return {c.name: _example(c) for c in spec.columns if c.ratio is None}
 
 
-def example_rank(spec: FeatureSpec, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def recorded_moment(folder: Path) -> str | None:
+    """The newest exposure that an artifact's golden requests know of, ISO 8601."""
+    path = folder / "golden.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("timestamp") if path.exists() else None
+
+
+def example_rank(
+    spec: FeatureSpec, rows: Sequence[Mapping[str, Any]], timestamp: str | None = None
+) -> dict[str, Any]:
     """A request to ``/rank`` for the user, the items and the context of given rows."""
     user, item = spec.entities.user, spec.entities.item
     context = [c.name for c in spec.raw_columns("context")]
-    return {
+    moment = {"timestamp": timestamp} if timestamp else {}
+    return moment | {
         "user": rows[0].get(user) or "1",
         "context": {name: rows[0].get(name) for name in context},
         "candidates": list(dict.fromkeys(row.get(item) or "1" for row in rows)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -12,8 +12,6 @@ from typing import Any
 from kedro.framework.hooks import hook_impl
 
 from fathom import files
-
-log = logging.getLogger(__name__)
 
 
 class RunSummary:
@@ -72,4 +70,5 @@ class RunSummary:
         }
         files.write_json(path, summary)
         pages = {"summary": str(path)} | catalog.load("params:pages")
-        log.info("%s", closing_table(json.loads(path.read_text(encoding="utf-8")), pages))
+        # On standard output, apart from the log: it is what the run answers.
+        sys.stdout.write(closing_table(json.loads(path.read_text(encoding="utf-8")), pages))

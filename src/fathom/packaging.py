@@ -409,4 +409,6 @@ def _example(bento_tag: str) -> dict[str, Any]:
     except bentoml.exceptions.NotFound as error:
         raise PackagingError(f"{bento_tag} cannot be served: {error}; make run builds it") from None
     spec = FeatureSpec.from_json(Path(model.path_of("spec.json")).read_text(encoding="utf-8"))
-    return api.example_rank(spec, api.recorded_rows(Path(model.path)) or [api.example_row(spec)])
+    folder = Path(model.path)
+    rows = api.recorded_rows(folder) or [api.example_row(spec)]
+    return api.example_rank(spec, rows, api.recorded_moment(folder))

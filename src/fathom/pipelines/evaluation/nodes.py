@@ -244,9 +244,8 @@ def _test_predictions(predictions: Table, spec: FeatureSpec) -> Predictions:
 
 
 def _scores(table: Table, prefix: str) -> dict[str, Any]:
-    if not table.columns:
-        return {}
-    read = table.to_pyarrow()
+    """Predictions by name, of a table that was saved (Ibis) or only handed on (Arrow)."""
+    read = table.to_pyarrow() if hasattr(table, "to_pyarrow") else table
     return {prefix + name: read[name].to_numpy() for name in read.column_names}
 
 

@@ -75,6 +75,7 @@ def register(
     requests = {
         "rows": rows_of_frame(frame, spec, range(len(golden))),
         "probabilities": candidate.score(frame).tolist(),
+        "timestamp": training_frame[EVENT_TIMESTAMP].max().to_pyarrow().as_py().isoformat(),
     }
     columns = dict.fromkeys(
         [*spec.keys, EVENT_TIMESTAMP, spec.label.name, *(column.name for column in spec.columns)]
