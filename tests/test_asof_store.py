@@ -423,7 +423,7 @@ def test_a_result_is_kept_where_it_is_told_and_not_overwritten_unasked(
     storage = SavedDatasetFileStorage(path=str(tmp_path / "kept.parquet"))
     job.persist(storage)
     assert pq.read_table(tmp_path / "kept.parquet")["x"].to_pylist() == [1.0]
-    with pytest.raises(SavedDatasetLocationAlreadyExists, match="kept.parquet"):
+    with pytest.raises(SavedDatasetLocationAlreadyExists, match=r"kept\.parquet"):
         job.persist(storage)
     job.persist(storage, allow_overwrite=True)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import small_store
 import yaml
 from pydantic import ValidationError
-from small_store import COLUMNS, CROSSES, DAY, SECOND, SPEC, START, a_spec, a_table, aggregate
 
+import small_store
 from fathom import feature_store
 from fathom.batch import Ragged
 from fathom.encoding import FrameError, evaluate_cross
@@ -33,6 +33,7 @@ from fathom.feature_store import (
 )
 from fathom.features import stored_name
 from fathom.spec import FeatureSpec
+from small_store import COLUMNS, CROSSES, DAY, SECOND, SPEC, START, a_spec, a_table, aggregate
 
 TEXTS = pa.list_(pa.string())
 
@@ -46,10 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> small_store.Store:
 def spine_of(store: small_store.Store) -> pa.Table:
     """The logged exposures with the probes behind them, shuffled."""
     logged = store.tables["exposures"].drop_columns("arrival_timestamp")
-    probes = small_store.probes(store)
-    spine = pa.concat_tables(
-        [logged, probes.select(probes.column_names)], promote_options="default"
-    )
+    spine = pa.concat_tables([logged, small_store.probes(store)], promote_options="default")
     return spine.take(np.random.default_rng(1).permutation(len(spine)))
 
 
@@ -156,7 +154,7 @@ def fields(store: Any, service: str) -> set[str]:
 
 
 def test_the_wide_service_is_what_the_wide_part_reads(store: small_store.Store):
-    """Wide columns and parts of crosses, which for a ratio are its parts; keys are the rows' own."""
+    """Wide columns and parts of crosses, of a ratio its own parts; keys are the rows' own."""
     crosses = {f"cross_{cross.name}:{cross.name}" for cross in SPEC.crosses}
     assert fields(store.repo.open(), "wide") == crosses | {
         *("items:genre", "items:tags"),
@@ -528,8 +526,7 @@ def test_a_cross_fetched_from_feast_is_the_encoders_own(
     found = fetched[cross.name].to_pylist()
     if isinstance(expected, Ragged):
         signed = expected.values.view(np.int64).tolist()
-        bounds = expected.offsets.tolist()
-        rows = [signed[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        rows = [signed[start:end] for start, end in pairwise(expected.offsets.tolist())]
         assert [list(keys or []) for keys in found] == rows
         assert sum(map(len, rows)) > 20
     else:
@@ -719,7 +716,7 @@ ROUND_TRIPS = {
 @pytest.mark.parametrize("column", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
 def test_a_column_survives_as_a_frame_however_it_is_chunked(column: pa.Array, cuts: list[int]):
     edges = [0, *cuts, len(column)]
-    chunks = [column[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    chunks = [column[start:end] for start, end in pairwise(edges)]
     values = frame_of(pa.table({"c": pa.chunked_array(chunks, column.type)}))["c"]
     assert len(values) == len(column)
     assert to_arrow(values).cast(column.type).equals(column)

@@ -157,11 +157,8 @@ def test_boundaries_are_counted_from_the_origin_before_it_as_after_it():
         act("ann", -MICROSECOND + ORIGIN),
         act("ann", ORIGIN),
     )
-    assert values(summarised(a_spec(COUNT), log), "acts") == [
-        (day(-1), 1),
-        (day(0), 3),
-        (day(1), 4),
-    ]
+    rows = summarised(a_spec(COUNT), log)
+    assert values(rows, "acts") == [(day(-1), 1), (day(0), 3), (day(1), 4)]
 
 
 def test_a_clock_change_moves_no_boundary():

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections import Counter
 from datetime import date, datetime, timedelta, timezone
 from difflib import ndiff
 from pathlib import Path
@@ -733,7 +734,7 @@ def test_the_hash_changes_with_the_content(changed: dict[str, Any]) -> None:
 # -- adding a feature -----------------------------------------------------------------------------
 
 
-def random_frame(spec: FeatureSpec, rows: int = 60) -> dict[str, Any]:
+def random_frame(spec: FeatureSpec, rows: int = 100) -> dict[str, Any]:
     """Some value for every column of any spec."""
     random = np.random.default_rng(3)
     frame: dict[str, Any] = {}
@@ -753,14 +754,19 @@ def random_frame(spec: FeatureSpec, rows: int = 60) -> dict[str, Any]:
     return with_ratios(frame, spec)
 
 
+def lines_of_the_how_to() -> list[str]:
+    """The first YAML that docs/how-to/add-a-feature.md tells people to add."""
+    text = (ROOT / "docs" / "how-to" / "add-a-feature.md").read_text()
+    lines = text.split("```yaml\n", 1)[1].split("```", 1)[0].splitlines(keepends=True)
+    assert len(lines) == 3
+    return lines
+
+
 def test_two_features_and_their_cross_are_three_lines_of_yaml() -> None:
     text = BASE.read_text()
-    more = text.replace(
-        "  columns:\n",
-        "  columns:\n"
-        "    - {name: temperature, kind: numeric, owner: context}\n"
-        "    - {name: weather, kind: categorical, owner: context}\n",
-    ).replace("  crosses:\n", "  crosses:\n    - {columns: [temperature, weather], min_count: 1}\n")
+    categorical, numeric, cross = lines_of_the_how_to()
+    more = text.replace("  columns:\n", f"  columns:\n{categorical}{numeric}", 1)
+    more = more.replace("  crosses:\n", f"  crosses:\n{cross}", 1)
     changed = [line for line in ndiff(text.splitlines(), more.splitlines()) if line[0] in "+-"]
     assert [line[0] for line in changed] == ["+", "+", "+"]
 
@@ -770,21 +776,19 @@ def test_two_features_and_their_cross_are_three_lines_of_yaml() -> None:
     encoder = fit_encoder(frame, after)
     old, new = fit_encoder(frame, before).layout, encoder.layout
 
-    assert new.numeric == old.numeric + 2  # the value, and whether it is missing
+    assert new.numeric == old.numeric + 2  # the spend, and whether it is missing
     assert len(new.fields) == len(old.fields) + 1
-    assert new.tables == old.tables | {"weather": (2 + 3, 8)}  # missing, unknown, three colours
-    assert new.deep_width == old.deep_width + 2 + 8
+    assert new.tables == old.tables | {"kids_count": (2 + 3, 2)}  # missing, unknown, three values
+    assert new.deep_width == old.deep_width + 2 + 2
     assert len(new.wide_slots) == len(old.wide_slots) + 1
-    cross = new.wide_slots[encoder.wide_slots.index("temperature_x_weather")]
-    pairs = {
-        (int(np.frexp(degrees)[1]) if degrees else 0, weather)
-        for degrees, weather in zip(frame["temperature"], frame["weather"], strict=True)
-        if weather is not None
-    }
-    assert cross == 2 + len(pairs)
-    assert new.wide_rows == old.wide_rows + cross
+    rows = new.wide_slots[encoder.wide_slots.index("kids_count_x_household_spend_28d")]
+    spend = np.frexp(frame["household_spend_28d"])[1].tolist()  # powers of 2
+    pairs = Counter(pair for pair in zip(frame["kids_count"], spend, strict=True) if pair[0])
+    assert rows == 2 + sum(count >= 4 for count in pairs.values())
+    assert rows > 2
+    assert new.wide_rows == old.wide_rows + rows
 
     batch = encoder.encode(frame)
-    assert batch.numeric.shape == (60, new.numeric)
-    assert batch.deep_ids.shape == (60, len(new.fields))
+    assert batch.numeric.shape == (len(batch), new.numeric)
+    assert batch.deep_ids.shape == (len(batch), len(new.fields))
     assert batch.wide_ids.shape[1] + len(batch.wide_bags) == len(new.wide_slots)

@@ -73,6 +73,7 @@ def _parameters(env: str | None) -> dict[str, Any]:
     from kedro.framework.session import KedroSession
 
     with KedroSession.create(Path.cwd(), env=env) as session:
+        assert isinstance(session, KedroSession)
         parameters: dict[str, Any] = session.load_context().params
     return parameters
 

@@ -269,7 +269,9 @@ def monitor(
 
 def nothing_to_watch(window: Window) -> Monitoring:
     """What to say of a window when no model is in charge yet."""
-    reason = "data: there is no champion, so nothing to compare with; train one that passes the gate"
+    reason = (
+        "data: there is no champion, so nothing to compare with; train one that passes the gate"
+    )
     decision = Decision(True, (reason,), window, {}, Quality({}, {}, "not checked", (reason,)), {})
     return Monitoring(decision, _page([], decision), {})
 

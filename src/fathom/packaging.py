@@ -343,7 +343,7 @@ def _wait_until_ready(
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the server and its workers, which have sessions of their own."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     family: list[Any] = []
     with suppress(psutil.NoSuchProcess):

@@ -33,6 +33,4 @@ def read_source(source: SourceConfig) -> tuple[Partitions, Partitions, Partition
 
 def _partitions(table: Table) -> Partitions:
     names = table.select("partition").distinct().to_pyarrow()["partition"].to_pylist()
-    return {
-        name: table.filter(table.partition == name).drop("partition") for name in sorted(names)
-    }
+    return {name: table.filter(table.partition == name).drop("partition") for name in sorted(names)}
