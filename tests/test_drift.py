@@ -62,7 +62,7 @@ SHOP = spec(
     {"name": "price", "kind": "numeric"},
     {"name": "visits", "kind": "numeric"},
     {"name": "channel", "kind": "categorical"},
-    {"name": "product", "kind": "categorical"},
+    {"name": "product", "kind": "categorical", "owner": "item"},
     {"name": "tags", "kind": "multi"},
     {"name": "history", "kind": "sequence"},
 )
@@ -327,7 +327,7 @@ def test_rows_of_one_request_are_one_sight_of_an_id() -> None:
         )
 
     reference, current = frame(users[:200]), frame(users[200:])
-    only = spec({"name": "shopper", "kind": "categorical"})
+    only = spec({"name": "shopper", "kind": "categorical", "owner": "user"})
     with_key = monitor(reference, current, only, CONFIG, WINDOW).decision
     without = monitor(reference.drop(columns="basket"), current, only, CONFIG, WINDOW).decision
     assert with_key.columns["shopper"].verdict == "stable"

@@ -563,6 +563,23 @@ def test_packed_is_as_of_the_newest_row_even_where_its_value_is_missing():
     assert row[f"{view}__mean"] == [None]
 
 
+def test_packed_lists_are_in_the_order_of_their_keys_and_side_by_side():
+    mean = {"by": ["user_id", "item_id"], "measure": "mean", "column": "quantity"}
+    spec = a_spec({"name": "mean", **mean})
+    view = "user_id_item_id_interactions"
+    numbers = [k * 7919 % 3000 for k in range(3000)]  # every number once, in no order
+    log = a_log(
+        *(
+            act("ann", day(0.5), item_id=f"{n:04}", quantity=None if n % 3 else float(n))
+            for n in numbers
+        )
+    )
+    snapshot = features.snapshots(log, spec, view, 1).cache()
+    row = features.packed(snapshot, spec, view).to_pyarrow().to_pylist()[0]
+    assert row[f"{view}__item_id"] == [f"{n:04}" for n in range(3000)]
+    assert row[f"{view}__mean"] == [None if n % 3 else float(n) for n in range(3000)]
+
+
 # -- the same on every run -----------------------------------------------------------------------
 
 EVERYTHING = [

@@ -304,15 +304,14 @@ def ranker_folder() -> Path:
         RuntimeError: there is neither.
     """
     service: Any = RankingService  # which the decorator has made of the class
-    if service.bento is None and RANKER in os.environ:
-        return Path(os.environ[RANKER])
-    try:
+    if service.bento is not None:
         return Path(bentoml.models.get(ALIAS).path)
-    except bentoml.exceptions.NotFound as error:
+    if RANKER not in os.environ:
         raise RuntimeError(
             f"no ranker to serve: serve a Bento (make serve), or set {RANKER} to an artifact's "
             "folder"
-        ) from error
+        )
+    return Path(os.environ[RANKER])
 
 
 # -- parts of requests and answers ---------------------------------------------------------------

@@ -29,9 +29,6 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("BENTOML_HOME", str(Path.cwd() / "data" / "06_models" / "bentoml"))
 
-# What libraries say of each other is no news to whoever runs a pipeline.
-warnings.filterwarnings("ignore", message=r"fetch_arrow_table\(\) is deprecated")  # Ibis 12
-warnings.filterwarnings("ignore", message="On demand feature view is an experimental feature")
 # Kedro 1.7 calls what OmegaConf 2.4 deprecates: two long warnings at the top of every run.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
 
