@@ -749,3 +749,35 @@ def test_a_snapshot_is_written_exactly_where_rows_arrive_or_leave_a_window(
         }
         found = [(r["user_id"], r["event_timestamp"]) for r in summarised(spec, log, view, until)]
         assert sorted(changes) == found
+
+
+def test_equal_rows_of_one_moment_all_count_in_a_history():
+    """Three packs of the same type in one basket are three purchases, on every run."""
+    many = 400
+    moment = datetime(2017, 1, 3, 12, tzinfo=timezone.utc)
+    log = ibis.memtable(
+        pa.table(
+            {
+                "user": [f"u{i % 100}" for i in range(many)],
+                "item": ["i"] * many,
+                "genre": ["yogurt"] * many,
+                "event_timestamp": pa.array([moment] * many, pa.timestamp("us", "UTC")),
+            }
+        )
+    )
+    spec = FeatureSpec.model_validate(
+        {
+            "entities": {"user": "user", "item": "item", "request": "request"},
+            "label": {"name": "y"},
+            "columns": [
+                {"name": "genre", "kind": "categorical", "owner": "item"},
+                {
+                    "name": "recent",
+                    "kind": "sequence",
+                    "aggregate": {"by": ["user"], "measure": "last", "column": "genre", "n": 3},
+                },
+            ],
+        }
+    )
+    histories = features.snapshots(log, spec, "user_interactions", 10**9).to_pyarrow()["recent"]
+    assert {len(history) for history in histories.to_pylist()} == {3}

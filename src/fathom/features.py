@@ -33,6 +33,7 @@ _STEP = "__step"
 _COUNT = "__count"
 _POSITIVES = "__positives"
 _LAST_EVENT = "__last_event"
+_ROW = "__row"
 _RANK = "__rank"
 #: Money and other sums are added exactly, so that a sum does not depend on the order of rows.
 _EXACT = "decimal(18, 6)"
@@ -228,8 +229,11 @@ def _history(rows: Table, by: list[str], column: Column) -> Table:
     assert aggregate.column is not None
     assert aggregate.n is not None
     valued = rows.filter(rows[aggregate.column].notnull())
-    # Rows of one moment are ordered by their value, so that the history is the same on every run.
-    newest_first = [valued[name].desc() for name in (_STEP, EVENT_TIMESTAMP, aggregate.column)]
+    # Rows of one moment are ordered by their value, so that the history is the same on every run;
+    # equal rows by any number, so that both windows see the same one of them first.
+    valued = valued.mutate(**{_ROW: ibis.row_number()})
+    order = (_STEP, EVENT_TIMESTAMP, aggregate.column, _ROW)
+    newest_first = [valued[name].desc() for name in order]
     older = ibis.window(preceding=0, following=aggregate.n - 1, group_by=by, order_by=newest_first)
     within_step = ibis.window(group_by=[*by, _STEP], order_by=newest_first)
     ranked = valued.select(
