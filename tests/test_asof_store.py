@@ -202,7 +202,7 @@ def test_a_missing_key_matches_nothing_not_even_another(views: Views):
 
 
 def test_a_feature_without_a_moment_is_never_seen(views: Views):
-    views.write([feature("ann", None, x=1.0), feature("ann", NOON, x=2.0)])  # type: ignore[arg-type]
+    views.write([feature("ann", None, x=1.0), feature("ann", NOON, x=2.0)])
     rows = entity_rows(("ann", NOON - DAY), ("ann", NOON + DAY))
     assert views.read(rows, "plain:x")["x"].to_pylist() == [None, 2.0]
 

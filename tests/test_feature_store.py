@@ -208,20 +208,26 @@ def test_what_the_spec_no_longer_has_is_removed(tmp_path: Path):
     made.repo.apply(before)
     assert registered(made.repo)["crosses"] == {"cross_genre_x_shop"}
     assert registered(made.repo)["services"] == {"wide", "deep", "ranker"}
-    made.repo.publish_embeddings("v1", {"item_vectors": ("item_id", ["i1"], np.ones((1, 2), "f4"))})
+    vectors = np.ones((1, 2), np.float32)
+    made.repo.publish_embeddings("v1", {"genre_vectors": ("genre", ["tea"], vectors)})
     after = a_spec(named("user_id item_id shop user_acts", user_id={"wide": False}), [])
     made.repo.apply(after)
     assert registered(made.repo) == {
-        "entities": {"user_id", "item_id"},
-        "views": {"user_id_interactions", "item_vectors"},
+        "entities": {"user_id", "item_id", "genre"},
+        "views": {"user_id_interactions", "genre_vectors"},
         "crosses": set(),
         # The embeddings are the ranker's, not the spec's: they stay until the next ones come.
         "services": {"deep", "ranker", "embeddings"},
-        "sources": {"user_id_interactions_source", "item_vectors_source"},
+        "sources": {"user_id_interactions_source", "genre_vectors_source"},
     }
     assert fields(made.repo.open(), "deep") == {"user_id_interactions:user_acts"}
+    read = made.repo.open().get_online_features(
+        ["genre_vectors:embedding"], [{"genre": "tea"}, {"genre": "rye"}]
+    )
+    assert read.to_dict()["embedding"] == [[1.0, 1.0], None]
+    once = registered(made.repo)
     made.repo.apply(after)  # again, which changes nothing
-    assert "item_vectors" in registered(made.repo)["views"]
+    assert registered(made.repo) == once
 
 
 def test_all_missing_sources_are_named_together(tmp_path: Path):
@@ -251,9 +257,26 @@ def test_settings_are_written_for_feasts_own_tools_and_only_when_they_change(
     assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
+def test_a_state_of_one_registry_never_passes_for_that_of_another(
+    store: small_store.Store, tmp_path: Path
+):
+    """Feast caches what a registry holds by the address of its state, which is soon used again."""
+    other = FeatureRepo(FeatureStoreConfig(folder="other"), tmp_path)
+    versions = set()
+    for k in range(30):
+        opened, expected = ((store.repo, 8), (other, 0))[k % 2]
+        registry = opened.open().registry
+        found = registry.list_on_demand_feature_views("fathom", allow_cache=True)
+        assert len(found) == expected
+        versions.add(registry.cached_registry_proto.version_id)
+        registry.refresh()
+        versions.add(registry.cached_registry_proto.version_id)
+    assert len(versions) == 60  # all different, so that addresses do not matter
+
+
 def test_unknown_settings_are_refused():
     with pytest.raises(ValidationError, match="foldr"):
-        FeatureStoreConfig(foldr="data")  # type: ignore[call-arg]
+        FeatureStoreConfig(foldr="data")
 
 
 # -- the training frame --------------------------------------------------------------------------
@@ -351,7 +374,7 @@ def test_who_and_what_is_unknown_gets_defaults(store: small_store.Store):
     assert (row["pair_share"], row["price_share"], row["tier"], row["genre"]) == (0, 0, None, None)
     frame = frame_of(store.repo.training_frame(a_table([stranger]), SPEC))
     for name in ("recent_genres", "item_shops", "hobbies", "tags", "searches"):
-        assert frame[name].lengths.tolist() == [0]  # type: ignore[union-attr]
+        assert frame[name].lengths.tolist() == [0]
 
 
 def test_no_exposures_give_an_empty_frame_of_the_same_columns(
@@ -545,21 +568,29 @@ def test_kinds_of_crosses_are_all_here(crossed: tuple[pa.Table, dict[str, Any]])
 
 
 def test_a_cross_buckets_the_numbers_that_the_model_sees():
-    """The model reads 0.7 in 32 bits, which is just below a boundary of 0.7."""
+    """A store has 64 bits and nulls where a frame has 32 bits and defaults; buckets agree."""
     import pandas as pd
 
+    shared = {"ratio": {"of": "discount", "to": "user_rate"}, "buckets": (0.7,)}
     columns = [
         *named("user_id item_id"),
         {"name": "discount", "kind": "numeric", "owner": "context", "buckets": (0.7,)},
         aggregate("user_rate", "user_id", "rate", **small_store.RATE) | {"buckets": (0.2, 0.7)},
+        {"name": "share", "kind": "numeric", **shared},
     ]
-    spec = a_spec(columns, [{"columns": ["discount", "user_rate"]}])
-    rows = pd.DataFrame({"discount": [0.7, 0.7, None], "user_rate": [0.7, None, 0.7]})
-    found = cross_of_rows(rows, spec.to_json(), 0)["discount_x_user_rate"].tolist()
-    seen = {"discount": np.float32([0.7, 0.7, np.nan]), "user_rate": np.float32([0.7, 0.2, 0.7])}
+    spec = a_spec(columns, [{"columns": ["discount", "user_rate", "share"]}])
+    rounded = np.float32(0.7)
+    assert float(rounded) < 0.7  # on the other side of a boundary of 0.7, if that had 64 bits
+    rows = {"discount": [0.7, 0.7, None], "user_rate": [0.7, None, 0.7], "share": [0.7] * 3}
+    found = cross_of_rows(pd.DataFrame(rows), spec.to_json(), 0)["discount_x_user_rate_x_share"]
+    seen = {
+        "discount": np.array([rounded, rounded, np.nan]),
+        "user_rate": np.array([rounded, np.float32(0.2), rounded]),
+        "share": np.array([rounded] * 3),
+    }
     expected = evaluate_cross(spec.crosses[0], spec, seen)
     assert isinstance(expected, np.ndarray)
-    assert found == expected.view(np.int64).tolist()
+    assert found.tolist() == expected.view(np.int64).tolist()
     assert found[2] == 0
 
 
@@ -609,7 +640,9 @@ def test_a_users_row_online_is_the_newest_as_of_the_moment_asked_for(tmp_path: P
     made = small_store.written(tmp_path, spec, small_store.generated())
     made.repo.apply(spec)
     acts = [r for r in rows_of(made.tables["interactions"]) if r["user_id"] == "u2"]
-    for until in (START + 10 * DAY, made.until):
+    first = min(act["event_timestamp"] for act in acts if act["arrival_timestamp"] is None)
+    boundary = START + ((first - START) // DAY + 1) * DAY  # where that act is counted first
+    for until in (boundary, made.until):
         made.repo.materialise(spec, until)
         read = made.repo.open().get_online_features(
             ["user_id_interactions:user_acts"], [{"user_id": "u2"}, {"user_id": "nobody"}]
@@ -675,29 +708,29 @@ def test_a_table_as_a_frame():
         }
     )
     frame = frame_of(table)
-    assert frame["text"].tolist() == ["a", None, "a"]  # type: ignore[union-attr]
+    assert frame["text"].tolist() == ["a", None, "a"]
     for name, expected in {
         "number": [1.5, math.nan, 2.0],
         "count": [3, math.nan, 1],
         "flag": [1, math.nan, 0],
         "money": [math.nan, 1.25, 2.5],
     }.items():
-        np.testing.assert_array_equal(frame[name], np.array(expected), strict=True)  # type: ignore[arg-type]
-    assert frame["whole"].tolist() == [3, 2, 1]  # type: ignore[union-attr]
+        np.testing.assert_array_equal(frame[name], np.array(expected), strict=True)
+    assert frame["whole"].tolist() == [3, 2, 1]
     many, large = frame["many"], frame["large"]
     assert isinstance(many, Ragged)
     assert isinstance(large, Ragged)
     assert (many.values.tolist(), many.offsets.tolist()) == (["x", None], [0, 2, 2, 2])
     assert (large.values.tolist(), large.offsets.tolist()) == (["x", "y", "z"], [0, 1, 3, 3])
-    assert frame["moment"].tolist() == [START.replace(tzinfo=None)] * 3  # type: ignore[union-attr]
-    assert frame["nothing"].tolist() == [None] * 3  # type: ignore[union-attr]
+    assert frame["moment"].tolist() == [START.replace(tzinfo=None)] * 3
+    assert frame["nothing"].tolist() == [None] * 3
 
 
 def test_equal_strings_share_one_object():
     texts = frame_of(pa.table({"text": ["".join(["o", "ne"]), "two", "".join(["on", "e"])]}))[
         "text"
     ]
-    assert texts[0] is texts[2]  # type: ignore[index]
+    assert texts[0] is texts[2]
 
 
 ROUND_TRIPS = {

@@ -126,13 +126,13 @@ def test_candidates_keep_their_order_and_their_copies(
     shuffled = [candidates[3], candidates[0], candidates[3]]
     picked, picked_known = online.frame(user, context, shuffled, moment)
     order = np.array([3, 0, 3])
-    assert picked["item_id"].tolist() == [c["item_id"] for c in shuffled]  # type: ignore[union-attr]
+    assert picked["item_id"].tolist() == [c["item_id"] for c in shuffled]
     assert picked_known.items.tolist() == known.items[order].tolist()
     for name, values in found.items():
         if isinstance(values, Ragged):
-            assert lists(picked[name]) == lists(values.take(order))  # type: ignore[arg-type]
+            assert lists(picked[name]) == lists(values.take(order))
         else:
-            np.testing.assert_array_equal(picked[name], values[order], name)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(picked[name], values[order], name)
 
 
 def test_no_candidates_are_a_frame_of_no_rows(store: small_store.Store, online: OnlineFeatures):
@@ -151,19 +151,19 @@ def test_a_candidates_own_context_comes_before_the_shared_one(
         {"item_id": "i1", "slot": None},
     ]
     found, _ = online.frame("u1", context, candidates, store.until)
-    assert found["slot"].tolist() == ["top", "end", None]  # type: ignore[union-attr]
-    assert found["shop"].tolist() == ["north", "south", "north"]  # type: ignore[union-attr]
-    assert lists(found["searches"]) == [["tea"], ["a", "b"], ["tea"]]  # type: ignore[arg-type]
+    assert found["slot"].tolist() == ["top", "end", None]
+    assert found["shop"].tolist() == ["north", "south", "north"]
+    assert lists(found["searches"]) == [["tea"], ["a", "b"], ["tea"]]
     np.testing.assert_array_equal(
-        found["discount"],  # type: ignore[arg-type]
+        found["discount"],
         np.float32([np.nan, 0.5, np.nan]),
         strict=True,
     )
     acts = found["shop_item_acts_5d"]
-    assert acts[0] == acts[2]  # type: ignore[index]
+    assert acts[0] == acts[2]
     rates = found["slot_item_rate"]
-    assert rates[2] == np.float32(0.2)  # type: ignore[index]
-    assert rates[0] != rates[1]  # type: ignore[index]
+    assert rates[2] == np.float32(0.2)
+    assert rates[0] != rates[1]
 
 
 def test_a_moment_is_the_same_in_every_time_zone_and_utc_without_one(
@@ -179,8 +179,8 @@ def test_a_moment_is_the_same_in_every_time_zone_and_utc_without_one(
         assert_equal_frames(there, here)
     later, _ = online.frame(user, context, candidates, moment + DAY)
     np.testing.assert_allclose(
-        later["user_recency"],  # type: ignore[arg-type]
-        here["user_recency"] + np.float32(1),  # type: ignore[operator]
+        later["user_recency"],
+        here["user_recency"] + np.float32(1),
         rtol=1e-6,
     )
 
@@ -214,7 +214,7 @@ def test_the_unknown_get_the_defaults_of_training(online: OnlineFeatures):
     assert first["user_rate"] == first["slot_item_rate"] == np.float32(0.2)
     assert np.isnan([first[n] for n in ("user_recency", "item_mean", "price", "age")]).all()
     assert first["tier"] is first["genre"] is None
-    assert lists(found["recent_items"]) == lists(found["item_shops"]) == [[]]  # type: ignore[arg-type]
+    assert lists(found["recent_items"]) == lists(found["item_shops"]) == [[]]
 
 
 def named(names: str) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ def test_a_spec_without_attributes_knows_items_by_their_past(tmp_path: Path):
     candidates = [{"item_id": "i1"}, {"item_id": "nothing"}]
     found, known = online.frame("u1", {}, candidates, made.until)
     acts = made.tables["interactions"]["item_id"].to_pylist().count("i1")
-    assert found["item_acts"].tolist() == [acts, 0]  # type: ignore[union-attr]
+    assert found["item_acts"].tolist() == [acts, 0]
     assert known.items.tolist() == [True, False]
     assert known.user is False  # nothing of users is kept
 
@@ -279,16 +279,16 @@ def test_rows_are_found_by_key_and_the_unknown_get_what_is_missing():
         np.array(v, object) for v in (["a", "b", "b", None, "a"], ["y", "x", "y", "x", "x"])
     )
     found = keyed.take(keyed.find([shops, items]))
-    np.testing.assert_array_equal(found["count"], [3, 1, np.nan, np.nan, 2])  # type: ignore[arg-type]
-    assert found["word"].tolist() == ["three", "one", None, None, None]  # type: ignore[union-attr]
-    assert lists(found["many"]) == [["q", "r"], ["p"], [], [], []]  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found["count"], [3, 1, np.nan, np.nan, 2])
+    assert found["word"].tolist() == ["three", "one", None, None, None]
+    assert lists(found["many"]) == [["q", "r"], ["p"], [], [], []]
 
 
 def test_keys_are_not_joined_as_texts():
     table = pa.table({"a": ["x-y", "x"], "b": ["z", "y-z"], "n": [1.0, 2.0]})
     keyed = KeyedTable.of(table, ["a", "b"])
     parts = [np.array(values, object) for values in (["x", "x-y", "z"], ["y-z", "z", "x-y"])]
-    np.testing.assert_array_equal(keyed.take(keyed.find(parts))["n"], [2.0, 1.0, np.nan])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(keyed.take(keyed.find(parts))["n"], [2.0, 1.0, np.nan])
 
 
 def test_an_empty_table_knows_nobody():
@@ -299,8 +299,8 @@ def test_an_empty_table_knows_nobody():
     assert rows.tolist() == [0, 0]
     assert len(keyed.keys) == 0
     found = keyed.take(rows)
-    assert np.isnan(found["n"]).all()  # type: ignore[call-overload]
-    assert lists(found["m"]) == [[], []]  # type: ignore[arg-type]
+    assert np.isnan(found["n"]).all()
+    assert lists(found["m"]) == [[], []]
 
 
 KEYS = st.sampled_from(["", "a", "b", "c", "ä", "a-b"])
@@ -324,4 +324,4 @@ def test_a_keyed_table_is_a_dictionary(
     parts = [np.array([key[i] for key in asked], object) for i in (0, 1)]
     found = keyed.take(keyed.find(parts))["n"]
     expected = np.array([held.get(key, np.nan) for key in asked], np.float64)
-    np.testing.assert_array_equal(found, expected)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, expected)

@@ -23,6 +23,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,7 @@ from fathom.spec import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Column, FeatureSpec,
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
+    from feast.infra.registry.base_registry import BaseRegistry
     from feast.types import FeastType
 
 ATTRIBUTES: dict[str, Owner] = {"users": "user", "items": "item"}
@@ -92,7 +94,9 @@ class FeatureRepo:
         text = yaml.safe_dump(self._settings(), sort_keys=False)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             files.write_text(path, text)
-        return FeatureStore(repo_path=str(self.folder))
+        store = FeatureStore(repo_path=str(self.folder))
+        _stamp_states(store.registry)
+        return store
 
     def apply(self, spec: FeatureSpec) -> FeatureStore:
         """Make the registry hold exactly the objects of the spec.
@@ -588,6 +592,23 @@ def _sources(item: Any) -> list[Any]:
     requested = getattr(item, "source_request_sources", {}).values()
     batch = getattr(item, "batch_source", None)
     return [*requested, *([batch] if batch else [])]
+
+
+def _stamp_states(registry: BaseRegistry) -> None:
+    """Give each state of the registry that is read a version of its own.
+
+    Feast caches a registry's objects by the state's address in memory and its version, which the
+    SQL registry leaves empty: a new state at the address of a collected one would pass for it.
+    """
+    read = registry.proto
+
+    def stamped() -> Any:
+        state = read()
+        state.version_id = str(uuid4())
+        return state
+
+    registry.proto = stamped  # type: ignore[method-assign]
+    registry.refresh()
 
 
 def _offline_store(store: FeatureStore) -> Any:

@@ -146,8 +146,7 @@ def service(run):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
-                answer = httpx.post(f"{url}/rank", json={}, timeout=5)
-                if answer.status_code != 503:
+                if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
                     break
             except httpx.TransportError:
                 assert process.poll() is None, "kedro serve ended"

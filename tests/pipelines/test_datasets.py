@@ -57,7 +57,7 @@ def test_a_raw_table_that_is_optional_may_be_absent(tmp_path):
 def test_raw_partitions_know_their_name(tmp_path):
     dataset = RawDataset(str(tmp_path / "raw"), "exposures")
     dataset.save({"2017-W01": pa.table({"a": ["x"]}), "2017-W02": pa.table({"a": ["y"]})})
-    rows = dataset.load().select("a", "partition").to_pyarrow().to_pylist()
+    rows = dataset.load().order_by("row_number").select("a", "partition").to_pyarrow().to_pylist()
     assert rows == [{"a": "x", "partition": "2017-W01"}, {"a": "y", "partition": "2017-W02"}]
 
 
