@@ -682,3 +682,13 @@ def test_a_score_that_was_not_asked_for_is_not_taken() -> None:
     asked = {"x": _Pair("numeric", "psi", 0.2, (side, side))}
     with pytest.raises(RuntimeError, match=r"no score for \('x', 'psi', 0.2\), only .*0\.1"):
         _columns(asked, snapshot)
+
+
+def test_without_a_champion_there_is_nothing_to_watch_and_a_model_to_train() -> None:
+    from fathom.drift import nothing_to_watch
+
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    found = nothing_to_watch(Window(moment, moment))
+    assert found.decision.retrain
+    assert "there is no champion" in found.decision.reasons[0]
+    assert "there is no champion" in found.html

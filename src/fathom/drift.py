@@ -272,7 +272,9 @@ def nothing_to_watch(window: Window) -> Monitoring:
     reason = (
         "data: there is no champion, so nothing to compare with; train one that passes the gate"
     )
-    decision = Decision(True, (reason,), window, {}, Quality({}, {}, "not checked", (reason,)), {})
+    rows = {"reference": 0, "current": 0}
+    quality = Quality({}, {}, "not checked", (reason,))
+    decision = Decision(True, (reason,), window, {}, quality, rows)
     return Monitoring(decision, _page([], decision), {})
 
 
