@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import defaultdict
@@ -71,4 +70,4 @@ class RunSummary:
         files.write_json(path, summary)
         pages = {"summary": str(path)} | catalog.load("params:pages")
         # On standard output, apart from the log: it is what the run answers.
-        sys.stdout.write(closing_table(json.loads(path.read_text(encoding="utf-8")), pages))
+        sys.stdout.write(closing_table(summary, pages))
