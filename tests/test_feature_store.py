@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 import small_store
-from fathom import feature_store
+from fathom import features
 from fathom.batch import Ragged
 from fathom.encoding import FrameError, evaluate_cross
 from fathom.feature_store import (
@@ -781,9 +781,9 @@ def test_parquet_is_written_whole_in_microseconds(tmp_path: Path):
 
 
 def test_views_of_a_user_and_something_else_are_packed():
-    assert feature_store.is_packable(SPEC, "user_id_item_id_interactions")
-    assert not feature_store.is_packable(SPEC, "user_id_interactions")
-    assert not feature_store.is_packable(SPEC, "tier_genre_exposures")
+    assert features.is_packable(SPEC, "user_id_item_id_interactions")
+    assert not features.is_packable(SPEC, "user_id_interactions")
+    assert not features.is_packable(SPEC, "tier_genre_exposures")
 
 
 def test_every_kind_of_column_is_in_the_small_world():

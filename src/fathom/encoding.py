@@ -19,6 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathom.batch import Batch, IntArray, Layout, Ragged
-from fathom.features import stored_name
+from fathom.features import stamp_name, stored_fields, stored_name
 from fathom.spec import EVENT_TIMESTAMP, Column, Cross, FeatureSpec
 
 Values = NDArray[Any] | Ragged
@@ -161,6 +162,47 @@ def evaluate_cross(cross: Cross, spec: FeatureSpec, frame: Frame) -> Keys | Ragg
 
 
 # -- frames --------------------------------------------------------------------------------------
+
+
+def expire(frame: Frame, spec: FeatureSpec, views: Iterable[str]) -> tuple[dict[str, Values], int]:
+    """Take away what is older than its view allows (`FeatureSpec.max_age_days`).
+
+    Feast's ``ttl`` says the same of offline joins, and nothing of online reads; both ways of
+    reading call this.
+
+    Args:
+        frame: fields of the views, their moments (`fathom.features.stamp_name`) among them, and
+            ``event_timestamp`` as (N,) datetime64 (UTC).
+
+    Returns:
+        The frame with missing values where a row was too old, and how many rows were, over all
+        views.
+    """
+    kept, expired = dict(frame), 0
+    for view in views:
+        age = spec.max_age(view)
+        if age is None:
+            continue
+        stamps = np.asarray(frame[stamp_name(view)], np.float64)
+        now = np.asarray(frame[EVENT_TIMESTAMP]).astype("datetime64[us]").astype(np.float64)
+        old = now - stamps > age / timedelta(microseconds=1)
+        count = int(old.sum())
+        if count:
+            expired += count
+            for name in stored_fields(spec, view):
+                kept[name] = _without(frame[name], old)
+    return kept, expired
+
+
+def _without(values: Values, old: NDArray[np.bool_]) -> Values:
+    """The values, missing where ``old``."""
+    if isinstance(values, Ragged):
+        lengths = np.where(old, 0, values.lengths)
+        taken = values.values[np.repeat(~old, values.lengths)]
+        return Ragged(taken, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+    kept = values.astype(object if values.dtype == object else np.float64)
+    kept[old] = None if values.dtype == object else np.nan
+    return kept
 
 
 def complete(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:

@@ -34,15 +34,14 @@ from pydantic import BaseModel, ConfigDict
 from fathom import files
 from fathom.batch import Ragged
 from fathom.encoding import Frame, Values, complete
-from fathom.features import stored_name
-from fathom.spec import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Column, FeatureSpec, Owner
+from fathom.features import is_packable, packed_name, stored_name
+from fathom.spec import ATTRIBUTES, CREATED_TIMESTAMP, EVENT_TIMESTAMP, Column, FeatureSpec
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
     from feast.infra.registry.base_registry import BaseRegistry
     from feast.types import FeastType
 
-ATTRIBUTES: dict[str, Owner] = {"users": "user", "items": "item"}
 CONTEXT = "context"
 #: Before any row: attributes without a time of their own are stamped 1970-01-01.
 _EVER = datetime(1900, 1, 1, tzinfo=timezone.utc)
@@ -365,18 +364,6 @@ def _values(column: pa.ChunkedArray) -> Values:
 
 
 # -- Feast objects -------------------------------------------------------------------------------
-
-
-def packed_name(view: str) -> str:
-    """Name of the one-row-per-user form of a view."""
-    return f"{view}_packed"
-
-
-def is_packable(spec: FeatureSpec, view: str) -> bool:
-    """Whether a view is keyed by the user and something else."""
-    aggregate = spec.views[view][0].aggregate
-    assert aggregate is not None
-    return spec.entities.user in aggregate.by and len(aggregate.by) > 1
 
 
 def _is_packed(view: str) -> bool:

@@ -54,6 +54,36 @@ def stored_name(column: Column) -> str:
     return f"{column.name}__last_us" if recency else column.name
 
 
+def stamp_name(view: str) -> str:
+    """Name of the field that holds a row's own moment, in microseconds since 1970.
+
+    Only views with a maximal age have it (`FeatureSpec.max_age_days`).
+    """
+    return f"{view}__at_us"
+
+
+def stored_fields(spec: FeatureSpec, view: str) -> dict[str, Column | None]:
+    """What a feature view holds beside its keys: field → its column, None for the row's moment."""
+    held = spec.held(view)
+    fields: dict[str, Column | None] = {
+        stored_name(column) if column.aggregate else column.name: column for column in held
+    }
+    if spec.max_age(view):
+        fields[stamp_name(view)] = None
+    return fields
+
+
+def packed_name(view: str) -> str:
+    """Name of the one-row-per-user form of a view."""
+    return f"{view}_packed"
+
+
+def is_packable(spec: FeatureSpec, view: str) -> bool:
+    """Whether a view is keyed by the user and something else."""
+    by = _aggregate(spec.views[view][0]).by
+    return spec.entities.user in by and len(by) > 1
+
+
 def with_attributes(log: Table, users: Table, items: Table, spec: FeatureSpec) -> Table:
     """Add to each row of a log the attributes that aggregates use as keys or values.
 

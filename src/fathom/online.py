@@ -19,15 +19,9 @@ from numpy.typing import NDArray
 
 from fathom.batch import Ragged
 from fathom.encoding import Keys, Values, complete, cross_keys, hash_values
-from fathom.feature_store import (
-    ATTRIBUTES,
-    FeatureRepo,
-    frame_of,
-    is_packable,
-    packed_name,
-)
-from fathom.features import stored_name
-from fathom.spec import EVENT_TIMESTAMP, Column, FeatureSpec
+from fathom.feature_store import FeatureRepo, frame_of
+from fathom.features import is_packable, packed_name, stored_name
+from fathom.spec import ATTRIBUTES, EVENT_TIMESTAMP, Column, FeatureSpec
 
 if TYPE_CHECKING:
     from feast import FeatureStore

@@ -52,6 +52,8 @@ RESERVED = frozenset(
 
 #: Hashed crosses together; ids of the wide table are 32-bit, and vocabularies need some too.
 MOST_BUCKETS = 2**30
+#: Feature views of attributes, and whose they are. All other views are of aggregates.
+ATTRIBUTES: dict[str, Owner] = {"users": "user", "items": "item"}
 
 
 class SpecError(ValueError):
@@ -248,6 +250,7 @@ class Cross(_Frozen):
 class _Settings(_Frozen):
     task: Task = "binary"
     grain_days: int = Field(default=1, ge=1)
+    max_age_days: dict[str, Annotated[float, Field(gt=0, le=36_500)]] = {}
 
 
 class FeatureSpec(_Settings):
@@ -256,6 +259,8 @@ class FeatureSpec(_Settings):
     Args:
         grain_days, grain_origin: aggregates advance in steps of this size, counted from this
             moment: those of an exposure cover the log up to the last step before it.
+        max_age_days: feature view → how old its newest row may be when it is read; an older one
+            is missing, in training as in serving. Views without a line never age.
 
     Raises:
         SpecError: (inside pydantic's ValidationError) with all faults of all lines together.
@@ -340,6 +345,18 @@ class FeatureSpec(_Settings):
             grouped.setdefault(column.aggregate.view, []).append(column)
         return {view: tuple(columns) for view, columns in grouped.items()}
 
+    def held(self, view: str) -> tuple[Column, ...]:
+        """Columns that a feature view holds: attributes but for the key, or aggregates."""
+        if view not in ATTRIBUTES:
+            return self.views[view]
+        columns = self.raw_columns(ATTRIBUTES[view])
+        return tuple(column for column in columns if column.name not in self.keys)
+
+    def max_age(self, view: str) -> timedelta | None:
+        """How old a row of a view may be when it is read; None if it never ages."""
+        days = self.max_age_days.get(view)
+        return None if days is None else timedelta(days=days)
+
     @cached_property
     def tables(self) -> dict[str, tuple[int, tuple[Column, ...]]]:
         """Embedding tables of the deep part: name → (width, the columns that share it)."""
@@ -383,6 +400,7 @@ def _checked(raw: dict[str, Any]) -> dict[str, Any]:
         faults.extend(_label_faults(label, raw.get("task", "binary"), taken, entities))
     known = {_raw_name(line) for line in _lines(raw, "columns")}
     faults.extend(_aggregate_faults(columns, entities, known, raw.get("grain_days", 1)))
+    faults.extend(_age_faults(columns, raw.get("max_age_days", {})))
     faults.extend(_ratio_faults(columns, known))
     faults.extend(_sharing_faults(columns))
     faults.extend(_cross_faults(crosses, known))
@@ -457,6 +475,16 @@ def _aggregate_faults(
                 f"{column.name}: window_days {window} is no multiple of grain_days {grain_days}"
             )
     return faults
+
+
+def _age_faults(columns: list[Column], ages: Any) -> list[str]:
+    views = [*ATTRIBUTES, *dict.fromkeys(c.aggregate.view for c in columns if c.aggregate)]
+    named = list(ages) if isinstance(ages, Mapping) else []
+    return [
+        f"max_age_days: '{view}' is no feature view; there are {views}"
+        for view in named
+        if view not in views
+    ]
 
 
 def _ratio_faults(columns: list[Column], known: set[Any]) -> list[str]:

@@ -23,7 +23,7 @@ def summarise_logs(
         Attributes of users and items; snapshots by view; packed user rows by view.
     """
     from fathom import features
-    from fathom.feature_store import is_packable, packed_name
+    from fathom.features import is_packable, packed_name
 
     logs = {
         name: features.with_attributes(log, users, items, spec).cache()
