@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
-from fathom.files import replacing, sha256, write_json, write_text
+from fathom.files import locked, remove, replacing, sha256, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTE = 1_000_000
@@ -280,3 +281,55 @@ def test_writers_at_the_same_time_leave_one_of_their_files_whole(tmp_path: Path)
     assert len(content) == MEGABYTE
     assert len(set(content)) == 1
     assert names(tmp_path) == ["weights"]
+
+
+# -- locks and removal ----------------------------------------------------------------------------
+
+HOLD = """
+    with locked(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(60)
+    """
+
+
+def test_a_lock_is_held_by_one_process_and_free_when_it_dies(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / ".lock"
+    holder = start(HOLD, path)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError), locked(path):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(path):
+        pass
+
+
+def test_who_waits_for_a_lock_says_so_and_gets_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / ".lock"
+    holder = start(HOLD, path)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with caplog.at_level("INFO"):
+        killer = threading.Timer(0.3, holder.kill)
+        killer.start()
+        with locked(path, wait=True):
+            assert not killer.is_alive()
+    assert f"{tmp_path} is being changed by another process; waiting for it" in caplog.text
+    holder.wait()
+
+
+def test_an_error_under_a_lock_frees_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="inside"), locked(tmp_path / ".lock"):
+        raise ValueError("inside")
+    with locked(tmp_path / ".lock"):
+        pass
+
+
+def test_a_folder_is_removed_whole(tmp_path: Path) -> None:
+    (tmp_path / "old" / "deep").mkdir(parents=True)
+    (tmp_path / "old" / "deep" / "file").write_text("x")
+    remove(tmp_path / "old")
+    assert names(tmp_path) == []

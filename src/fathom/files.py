@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -64,6 +68,37 @@ def sha256(path: Path | str) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path | str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock that a file stands for. It is free again when its process ends, however.
+
+    Args:
+        wait: until another process lets go of it, which the log says.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is false.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            log.info("%s is being changed by another process; waiting for it", path.parent)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def remove(folder: Path | str) -> None:
+    """Remove a folder at once: a reader sees all of it or none."""
+    folder = Path(folder)
+    workshop = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder.rename(workshop / folder.name)
+    shutil.rmtree(workshop)
 
 
 def _flush(path: Path, recursive: bool = True) -> None:

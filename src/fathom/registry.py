@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -47,6 +46,10 @@ class Registry:
         """The version in charge, or None before the first promotion."""
         stack = self._stack()
         return stack[-1] if stack else None
+
+    def champions(self) -> list[str]:
+        """The champion and those it replaced that a roll-back may reach, the newest last."""
+        return self._stack()
 
     def path(self, version: str) -> Path:
         """Folder of a version.
@@ -142,15 +145,13 @@ class Registry:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RegistryError(
-                    f"{self.folder} is being changed by another process; try again later"
-                ) from error
-            yield
+        try:
+            with files.locked(self.folder / ".lock"):
+                yield
+        except BlockingIOError as error:
+            raise RegistryError(
+                f"{self.folder} is being changed by another process; try again later"
+            ) from error
 
 
 def _is_intact(folder: Path) -> bool:
