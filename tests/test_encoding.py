@@ -31,6 +31,7 @@ from fathom.encoding import (
     complete,
     cross_keys,
     evaluate_cross,
+    expire,
     fit_encoder,
     hash_value,
     hash_values,
@@ -738,6 +739,61 @@ def test_all_fields_that_the_store_did_not_return_are_named() -> None:
     message = "frame: absent columns ['age_days__last_us', 'buys', 'event_timestamp']; the spec"
     with pytest.raises(FrameError, match=re.escape(message)):
         complete(poor, STORED)
+
+
+# -- what is too old ------------------------------------------------------------------------------
+
+AGED = STORED.model_copy(update={"max_age_days": {"user_id_interactions": 2.0, "items": 0.5}})
+DAY_US = 86_400_000_000
+
+
+def aged(*ages_us: int, **replaced: Any) -> dict[str, Any]:
+    """The two exposures of `stored`, whose user's row is that old, and whose item's is new."""
+    now = 1_500_000_000_000_000
+    stamps = {"user_id_interactions__at_us": np.array([now - age for age in ages_us], np.float64)}
+    return stored(items__at_us=np.array([now, now], np.float64), **stamps, **replaced)
+
+
+def test_a_row_is_missing_a_microsecond_after_its_age_and_not_before() -> None:
+    values = {name: np.array([4.0, 5.0]) for name in ("buys", "spent", "usual")}
+    history = Ragged.of([["tea"], ["milk", "tea"]])
+    frame = aged(2 * DAY_US, 2 * DAY_US + 1, recent=history, liked=np.array([0.5, 0.5]), **values)
+    kept, expired = expire(frame, AGED, ["user_id_interactions"])
+    assert expired == 1
+    for name in values:
+        np.testing.assert_array_equal(np.asarray(kept[name]), [values[name][0], NAN])
+    assert isinstance(kept["recent"], Ragged)
+    assert kept["recent"].offsets.tolist() == [0, 1, 1]
+    assert kept["recent"].values.tolist() == ["tea"]
+    assert np.asarray(kept["liked"]).tolist() == [0.5, 0.5]  # of another view
+    assert np.asarray(frame["buys"]).tolist() == [4.0, 5.0]  # what was given is as it was
+    completed = complete(kept, AGED)
+    assert np.asarray(completed["buys"]).tolist() == [4, 0]
+
+
+def test_only_the_views_that_are_named_age_and_only_those_with_an_age() -> None:
+    frame = aged(9 * DAY_US, 9 * DAY_US)
+    for views in (["items"], ["users", "item_id_exposures"], []):
+        kept, expired = expire(frame, AGED, views)
+        assert expired == 0
+        assert {name: id(values) for name, values in kept.items()} == {
+            name: id(values) for name, values in frame.items()
+        }
+
+
+def test_who_has_no_row_is_missing_and_not_expired() -> None:
+    frame = aged(0, 0)
+    frame["user_id_interactions__at_us"] = np.array([NAN, NAN])
+    kept, expired = expire(frame, AGED, ["user_id_interactions"])
+    assert expired == 0
+    assert kept["buys"] is frame["buys"]
+
+
+def test_texts_expire_to_none() -> None:
+    frame = aged(0, 0, genre=texts("tea", "milk"))
+    frame["items__at_us"] -= [DAY_US, 0]
+    kept, expired = expire(frame, AGED, ["items"])
+    assert (expired, np.asarray(kept["genre"]).tolist()) == (1, [None, "milk"])
 
 
 # -- on disk --------------------------------------------------------------------------------------

@@ -477,6 +477,14 @@ def test_aggregates_by_different_keys_may_not_come_to_one_view() -> None:
             aggregate("by: [user_id], measure: count, window_days: 10", grain_days=0),
             ["spec: grain_days: Input should be greater than or equal to 1 (got 0)"],
         ),
+        (
+            shop(max_age_days={"users": 0}),
+            ["spec: max_age_days.users: Input should be greater than 0 (got 0)"],
+        ),
+        (
+            shop(max_age_days={"user": 3}),
+            ["max_age_days: 'user' is no feature view; there are ['users', 'items', 'user_id_int"],
+        ),
     ],
 )
 def test_a_fault_of_the_whole(raw: Any, faulty: list[str]) -> None:
@@ -646,6 +654,16 @@ def test_a_view_holds_the_aggregates_of_one_log_by_the_same_keys() -> None:
         "user_id_exposures": ["a"],
         "user_id_genre_interactions": ["b"],
     }
+
+
+def test_a_view_may_have_an_age_and_holds_its_columns_but_for_the_key() -> None:
+    spec = FeatureSpec.model_validate(shop(max_age_days={"items": 30, "user_id_interactions": 0.5}))
+    assert spec.max_age("items") == timedelta(days=30)
+    assert spec.max_age("user_id_interactions") == timedelta(hours=12)
+    assert spec.max_age("users") is None
+    assert [column.name for column in spec.held("user_id_interactions")] == ["purchases", "recent"]
+    assert "item_id" not in [column.name for column in spec.held("items")]
+    assert "genre" in [column.name for column in spec.held("items")]
 
 
 def test_columns_that_name_one_embedding_table_share_it() -> None:

@@ -249,6 +249,7 @@ class Cross(_Frozen):
 
 class _Settings(_Frozen):
     task: Task = "binary"
+    maintainer: str = Field(default="", max_length=200)
     grain_days: int = Field(default=1, ge=1)
     max_age_days: dict[str, Annotated[float, Field(gt=0, le=36_500)]] = {}
 
@@ -257,6 +258,7 @@ class FeatureSpec(_Settings):
     """All features of one deployment. See the module's docstring.
 
     Args:
+        maintainer: who answers for the features, an address say; Feast shows it as their owner.
         grain_days, grain_origin: aggregates advance in steps of this size, counted from this
             moment: those of an exposure cover the log up to the last step before it.
         max_age_days: feature view → how old its newest row may be when it is read; an older one
