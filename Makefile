@@ -18,7 +18,7 @@ export BENTOML_HOME := $(CURDIR)/data/06_models/bentoml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check serve viz lock clean distclean
+.PHONY: help setup run test check serve viz feast lock clean distclean
 
 help:
 	@echo "make run    set up, then raw log → validated → trained → released → watched (kedro run)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test   set up, then run the tests with coverage"
 	@echo "make check  set up, then lint, format check, types, import contracts, doctests"
 	@echo "make viz    set up, then show the pipelines in the browser (kedro viz)"
+	@echo "make feast  set up, then show what the feature store holds in the browser (feast ui)"
 	@echo "make lock   resolve the dependencies of pyproject.toml anew into requirements.lock"
 	@echo "make clean  remove what runs made, models too; raw data and the environment stay"
 	@echo "make distclean  remove the environment too"
@@ -42,6 +43,10 @@ serve: setup
 
 viz: setup
 	@$(BIN)/kedro viz $(ARGS)
+
+# Without an address of its own, Feast's page, which can delete views, would be open to the network.
+feast: setup
+	@$(BIN)/feast -c data/04_feature ui --host 127.0.0.1 $(ARGS)
 
 test: setup
 	@echo "==> pytest $(ARGS)"

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
@@ -26,14 +32,13 @@ from fathom.feature_store import (
     FeatureRepo,
     FeatureStoreConfig,
     FeatureStoreError,
-    cross_of_rows,
     frame_of,
     to_arrow,
     write_parquet,
 )
 from fathom.features import stored_name
 from fathom.spec import FeatureSpec
-from small_store import COLUMNS, CROSSES, DAY, SECOND, SPEC, START, a_spec, a_table, aggregate
+from small_store import COLUMNS, CROSSES, DAY, SECOND, SPEC, START, a_spec, a_table
 
 TEXTS = pa.list_(pa.string())
 
@@ -214,15 +219,15 @@ def test_what_the_spec_no_longer_has_is_removed(tmp_path: Path):
     made.repo.apply(after)
     assert registered(made.repo) == {
         "entities": {"user_id", "item_id", "genre"},
-        "views": {"user_id_interactions", "genre_vectors"},
+        "views": {"user_id_interactions", "genre_vectors_v1"},
         "crosses": set(),
         # The embeddings are the ranker's, not the spec's: they stay until the next ones come.
         "services": {"deep", "ranker", "embeddings"},
-        "sources": {"user_id_interactions_source", "genre_vectors_source"},
+        "sources": {"user_id_interactions_source", "genre_vectors_v1_source"},
     }
     assert fields(made.repo.open(), "deep") == {"user_id_interactions:user_acts"}
     read = made.repo.open().get_online_features(
-        ["genre_vectors:embedding"], [{"genre": "tea"}, {"genre": "rye"}]
+        ["genre_vectors_v1:embedding"], [{"genre": "tea"}, {"genre": "rye"}]
     )
     assert read.to_dict()["embedding"] == [[1.0, 1.0], None]
     once = registered(made.repo)
@@ -405,12 +410,14 @@ def planted(
 ) -> Iterator[None]:
     """The source of a view, changed for a while."""
     path = store.repo.source(view)
-    honest = pq.read_table(path)
-    write_parquet(change(honest), path)
+    aside = path.with_name(f".{path.name}")
+    path.rename(aside)
+    write_parquet(change(pq.read_table(aside)), path / "1.parquet" if aside.is_dir() else path)
     try:
         yield
     finally:
-        write_parquet(honest, path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        aside.rename(path)
 
 
 def comparable(row: dict[str, Any]) -> dict[str, Any]:
@@ -567,43 +574,6 @@ def test_kinds_of_crosses_are_all_here(crossed: tuple[pa.Table, dict[str, Any]])
     assert all(row["user_acts_x_genre"] != 0 for row in unknown)  # a count of 0, not a missing one
 
 
-def test_a_cross_buckets_the_numbers_that_the_model_sees():
-    """A store has 64 bits and nulls where a frame has 32 bits and defaults; buckets agree."""
-    import pandas as pd
-
-    shared = {"ratio": {"of": "discount", "to": "user_rate"}, "buckets": (0.7,)}
-    columns = [
-        *named("user_id item_id"),
-        {"name": "discount", "kind": "numeric", "owner": "context", "buckets": (0.7,)},
-        aggregate("user_rate", "user_id", "rate", **small_store.RATE) | {"buckets": (0.2, 0.7)},
-        {"name": "share", "kind": "numeric", **shared},
-    ]
-    spec = a_spec(columns, [{"columns": ["discount", "user_rate", "share"]}])
-    rounded = np.float32(0.7)
-    assert float(rounded) < 0.7  # on the other side of a boundary of 0.7, if that had 64 bits
-    rows = {"discount": [0.7, 0.7, None], "user_rate": [0.7, None, 0.7], "share": [0.7] * 3}
-    found = cross_of_rows(pd.DataFrame(rows), spec.to_json(), 0)["discount_x_user_rate_x_share"]
-    seen = {
-        "discount": np.array([rounded, rounded, np.nan]),
-        "user_rate": np.array([rounded, np.float32(0.2), rounded]),
-        "share": np.array([rounded] * 3),
-    }
-    expected = evaluate_cross(spec.crosses[0], spec, seen)
-    assert isinstance(expected, np.ndarray)
-    assert found.tolist() == expected.view(np.int64).tolist()
-    assert found[2] == 0
-
-
-def test_a_cross_of_rows_keeps_their_index():
-    import pandas as pd
-
-    spec = a_spec(named("user_id item_id genre shop tags"), [{"columns": ["tags", "shop"]}])
-    rows = pd.DataFrame({"tags": [["a", "b"], None, []], "shop": ["x"] * 3}, index=[5, 3, 5])
-    found = cross_of_rows(rows, spec.to_json(), 0)
-    assert found.index.tolist() == [5, 3, 5]
-    assert [len(keys) for keys in found["tags_x_shop"]] == [2, 0, 0]
-
-
 # -- the online side and the newest rows ---------------------------------------------------------
 
 
@@ -650,43 +620,301 @@ def test_a_users_row_online_is_the_newest_as_of_the_moment_asked_for(tmp_path: P
         assert read.to_dict()["user_acts"] == [len(known_before(acts, until)), None]
 
 
-def test_embeddings_are_readable_and_say_which_ranker_they_are_of(tmp_path: Path):
+def online(repo: FeatureRepo, view: str, field: str, users: Sequence[str]) -> list[Any]:
+    rows = [{"user_id": user} for user in users]
+    found: list[Any] = repo.open().get_online_features([f"{view}:{field}"], rows).to_dict()[field]
+    return found
+
+
+ACTS = "user_id_interactions"
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> small_store.Store:
+    """Users' acts alone, applied; nothing is online."""
     spec = a_spec(named("user_id item_id user_acts"), [])
     made = small_store.written(tmp_path, spec, small_store.generated())
     made.repo.apply(spec)
-    first = np.arange(6, dtype=np.float32).reshape(3, 2)
-    made.repo.publish_embeddings(
-        "v1",
-        {
-            "item_embeddings": ("item_id", ["i0", "i1", "i2"], first),
-            "user_embeddings": ("user_id", ["u0"], np.ones((1, 4), np.float32)),
-        },
+    return made
+
+
+def test_a_second_materialisation_writes_only_what_is_new(counted: small_store.Store):
+    repo, spec, until = counted.repo, counted.spec, counted.until
+    assert repo.materialised(spec) is None
+    week = until - 7 * DAY
+    assert repo.materialise(spec, week) == {ACTS: small_store.USERS}
+    assert repo.materialised(spec) == week
+    assert repo.materialise(spec, week) == {ACTS: 0}
+    rows = repo.latest(ACTS, spec).filter(pc.field("event_timestamp") > week)
+    assert repo.materialise(spec, until) == {ACTS: len(rows)}
+    assert repo.materialised(spec) == until
+
+
+def test_another_computation_is_written_anew(counted: small_store.Store):
+    repo, spec, until = counted.repo, counted.spec, counted.until
+    repo.materialise(spec, until, {ACTS: "one"})
+    with planted(counted, ACTS, lambda rows: changed(rows, "user_acts", pa.array([7] * len(rows)))):
+        assert repo.materialise(spec, until, {ACTS: "another"}) == {ACTS: small_store.USERS}
+        assert online(repo, ACTS, "user_acts", ["u2"]) == [7]
+
+
+def test_data_that_went_back_in_time_replace_what_is_online(counted: small_store.Store):
+    """A newer value stays where an older one is written, so the newer rows are removed first."""
+    repo, spec, until = counted.repo, counted.spec, counted.until
+    repo.materialise(spec, until)
+    newest = online(repo, ACTS, "user_acts", ["u2"])
+    assert repo.materialise(spec, until - 20 * DAY) == {ACTS: small_store.USERS}
+    assert online(repo, ACTS, "user_acts", ["u2"]) < newest
+    assert repo.materialised(spec) == until - 20 * DAY
+
+
+def test_rows_that_the_online_store_lost_are_noticed_and_written_again(
+    counted: small_store.Store, caplog: pytest.LogCaptureFixture
+):
+    repo, spec, until = counted.repo, counted.spec, counted.until
+    repo.materialise(spec, until)
+    held = online(repo, ACTS, "user_acts", ["u2"])
+    with sqlite3.connect(repo.folder / "online.db") as database:
+        database.execute(f"DELETE FROM fathom_{ACTS}")
+    database.close()
+    assert online(repo, ACTS, "user_acts", ["u2"]) == [None]
+    assert repo.materialise(spec, until) == {ACTS: small_store.USERS}
+    assert f"{ACTS}: {small_store.USERS} of the sampled online rows differ" in caplog.text
+    assert online(repo, ACTS, "user_acts", ["u2"]) == held
+
+
+def test_a_store_that_does_not_keep_what_is_written_is_an_error(counted: small_store.Store):
+    forgetful = {"type": "odd_stores.ForgetfulSqliteOnlineStore", "path": "{folder}/odd.db"}
+    config = counted.repo.config.model_copy(update={"online_store": forgetful})
+    repo = FeatureRepo(config, counted.repo.root)
+    repo.apply(counted.spec)
+    said = rf"8 sampled rows of '{ACTS}' differ .* right after they were written; empty the"
+    with pytest.raises(FeatureStoreError, match=said):
+        repo.materialise(counted.spec, counted.until)
+
+
+def child(repo: FeatureRepo, spec: FeatureSpec, until: datetime, store: str) -> Any:
+    """A process that materialises, on another class of store over the same file."""
+    code = """
+import json, sys
+from datetime import datetime
+from pathlib import Path
+from fathom.feature_store import FeatureRepo, FeatureStoreConfig
+from fathom.spec import FeatureSpec
+root, config, spec, until = sys.argv[1:]
+repo = FeatureRepo(FeatureStoreConfig(**json.loads(config)), Path(root))
+repo.materialise(FeatureSpec.from_json(spec), datetime.fromisoformat(until))
+"""
+    path = {"path": str(repo.folder / "online.db")}
+    config = repo.config.model_copy(update={"online_store": {"type": store, **path}})
+    arguments = [str(repo.root), config.model_dump_json(), spec.to_json(), until.isoformat()]
+    here = str(Path(__file__).parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    references = ["item_embeddings:embedding", "item_embeddings:version"]
-    rows = [{"item_id": key} for key in ("i2", "i0", "never seen")]
 
-    def read() -> dict[str, list[Any]]:
-        online: dict[str, list[Any]] = (
-            made.repo.open().get_online_features(references, rows).to_dict()
-        )
-        return online
 
-    assert read()["embedding"] == [[4.0, 5.0], [0.0, 1.0], None]
-    assert read()["version"] == ["v1", "v1", None]
-    view = made.repo.open().get_feature_view("item_embeddings")
-    assert view.tags == {"version": "v1", "width": "2"}
-    service = made.repo.open().get_feature_service("embeddings")
-    assert service.tags == {"version": "v1"}
-    assert {p.name for p in service.feature_view_projections} == {
-        "item_embeddings",
-        "user_embeddings",
+STORE = FeatureStoreConfig().online_store["type"]
+
+
+def test_a_killed_materialisation_is_made_good_by_the_next(tmp_path: Path):
+    spec = a_spec(named("user_id item_id tier user_acts pair_acts"), [])
+    made = small_store.written(tmp_path, spec, small_store.generated())
+    made.repo.apply(spec)
+    killed = child(made.repo, spec, made.until, "odd_stores.DyingSqliteOnlineStore")
+    assert killed.wait(120) == -signal.SIGKILL, killed.stderr.read()
+    # It died in its second view: the first is whole, and nothing says that the rest is.
+    assert made.repo.materialised(spec) is None
+    made.repo.materialise(spec, made.until)
+    users = [f"u{u}" for u in range(small_store.USERS)]
+    offline = {row["user_id"]: row["user_acts"] for row in rows_of(made.repo.latest(ACTS, spec))}
+    assert online(made.repo, ACTS, "user_acts", users) == [offline[user] for user in users]
+    assert made.repo.materialised(spec) == made.until
+
+
+def test_two_materialisations_at_once_take_turns(counted: small_store.Store):
+    repo, spec, until = counted.repo, counted.spec, counted.until
+    both = [child(repo, spec, moment, STORE) for moment in (until - 7 * DAY, until)]
+    for process in both:
+        assert process.wait(180) == 0, process.stderr.read()
+    moment = repo.materialised(spec)
+    assert moment in (until - 7 * DAY, until)  # whichever came last
+    acts = [r for r in rows_of(counted.tables["interactions"]) if r["user_id"] == "u2"]
+    assert online(repo, ACTS, "user_acts", ["u2"]) == [len(known_before(acts, moment))]
+
+
+# -- a store that is not the spec's --------------------------------------------------------------
+
+
+def changed(rows: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(name), name, values)
+
+
+def test_views_that_were_renamed_or_retyped_are_named_before_anything_is_read(
+    counted: small_store.Store,
+):
+    """Somebody applied another spec; the training frame must not be read with this one."""
+    before, repo = counted.spec, counted.repo
+    wider = a_spec(named("user_id item_id tier user_acts user_acts_3d pair_acts"), [])
+    with pytest.raises(FeatureStoreError) as error:
+        repo.training_frame(exposure(counted.until), wider)
+    for said in (
+        "feature view 'users' is not registered",
+        f"'{ACTS}' has no field 'user_acts_3d'",
+        "feature view 'user_id_item_id_interactions' is not registered",
+        "kedro run --pipelines features,feature_store",
+    ):
+        assert said in str(error.value)
+
+    def retype(rows: pa.Table) -> pa.Table:
+        return changed(rows, "user_acts", rows["user_acts"].cast(pa.string()))
+
+    with (
+        planted(counted, ACTS, retype),
+        pytest.raises(FeatureStoreError, match=r"column 'user_acts' of .* is string, .* has Int64"),
+    ):
+        repo.training_frame(exposure(counted.until), before)
+
+    def rename(rows: pa.Table) -> pa.Table:
+        names = ["acts" if name == "user_acts" else name for name in rows.column_names]
+        return rows.rename_columns(names)
+
+    with (
+        planted(counted, ACTS, rename),
+        pytest.raises(FeatureStoreError, match=rf"has no column 'user_acts' of '{ACTS}'"),
+    ):
+        repo.materialise(before, counted.until)
+
+
+# -- ages ----------------------------------------------------------------------------------------
+
+
+def test_what_is_older_than_its_view_allows_is_missing_when_it_is_read(tmp_path: Path):
+    """u1 acted once, on day 1, which the boundary of day 2 knows; a row lives for two days."""
+    act = {"user_id": "u1", "item_id": "i1", "event_timestamp": START + DAY / 2}
+    tables = {
+        "interactions": a_table([act]),
+        "exposures": a_table([act | {"request_id": "r", "bought": 1}]),
+        "users": a_table([{"user_id": "u1", "tier": "gold", "event_timestamp": START}]),
+        "items": a_table([{"item_id": "i1", "genre": "tea", "event_timestamp": START}]),
     }
-    # The next ranker no longer knows i0, whose vector of the last one is told apart by its stamp.
-    made.repo.publish_embeddings("v2", {"item_embeddings": ("item_id", ["i2"], first[:1] + 7)})
-    assert read()["embedding"][0] == [7.0, 8.0]
-    assert read()["version"] == ["v2", "v1", None]
-    assert made.repo.open().get_feature_view("item_embeddings").tags["version"] == "v2"
-    assert made.repo.open().get_entity("item_id").tags == {"owner": "item"}  # as the spec has it
+    aged = {"user_id_interactions": 2, "items": 1, "genre_interactions": 30}
+    columns = named("user_id item_id tier genre user_acts genre_acts")
+    spec = a_spec(columns, []).model_copy(update={"max_age_days": aged})
+    made = small_store.written(tmp_path, spec, tables)
+    made.repo.apply(spec)
+    boundary = START + DAY
+    moments = [START + DAY, START + DAY + SECOND, boundary + 2 * DAY, boundary + 2 * DAY + SECOND]
+    spine = a_table(
+        [act | {"request_id": "r", "event_timestamp": moment} for moment in moments],
+        *("request_id", "user_id", "item_id", "event_timestamp"),
+    )
+    frame = made.repo.training_frame(spine, spec)
+    assert "items__at_us" not in frame.column_names
+    assert frame["user_acts"].to_pylist() == [1, 1, 1, 0]
+    assert frame["tier"].to_pylist() == ["gold"] * 4  # users never age here
+    assert frame["genre"].to_pylist() == ["tea", None, None, None]
+    # An attribute that is too old to be read is too old to be a key.
+    assert frame["genre_acts"].to_pylist() == [1, 0, 0, 0]
+    assert made.repo.open().get_feature_view("items").ttl == DAY
+
+
+def test_a_replay_reads_users_and_tables_as_of_the_moments_that_serving_had_reached(
+    counted: small_store.Store,
+):
+    spec = a_spec(named("user_id item_id user_acts user_recency item_acts"), [])
+    made = small_store.written(counted.repo.root / "replay", spec, counted.tables)
+    made.repo.apply(spec)
+    moment = made.until + timedelta(hours=5)
+    user_as_of, tables_as_of = made.until - 9 * DAY, made.until - 14 * DAY
+    stamps = [pa.array([m], small_store.STAMP) for m in (user_as_of, tables_as_of)]
+    spine = exposure(moment).append_column("user_seen", stamps[0])
+    spine = spine.append_column("tables_seen", stamps[1])
+    (replayed,) = rows_of(made.repo.training_frame(spine, spec, "user_seen", "tables_seen"))
+    (at_user,) = rows_of(made.repo.training_frame(exposure(user_as_of), spec))
+    (at_tables,) = rows_of(made.repo.training_frame(exposure(tables_as_of), spec))
+    (now,) = rows_of(made.repo.training_frame(exposure(moment), spec))
+    assert replayed["user_acts"] == at_user["user_acts"] < now["user_acts"]
+    assert replayed["item_acts"] == at_tables["item_acts"] < now["item_acts"]
+    # The age of what was known then is as of the request.
+    lag = (moment - user_as_of) / DAY
+    assert replayed["user_recency"] == pytest.approx(at_user["user_recency"] + lag, abs=1e-5)
+
+
+# -- embeddings ----------------------------------------------------------------------------------
+
+FIRST = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+
+
+def test_embeddings_of_each_version_stay_readable_beside_those_of_the_next(
+    counted: small_store.Store,
+):
+    repo = counted.repo
+    tables = {
+        "item_embeddings": ("item_id", ["i0", "i1", "i2"], FIRST),
+        "user_embeddings": ("user_id", ["u0"], np.ones((1, 4), np.float32)),
+    }
+    assert not repo.has_embeddings("20240101-aa")
+    repo.publish_embeddings("20240101-aa", tables)
+    assert repo.has_embeddings("20240101-aa")
+    second = {"item_embeddings": ("item_id", ["i2"], FIRST[:1] + 7)}
+    repo.publish_embeddings("20240102-bb", second, keep=["20240101-aa"])
+    wanted = ["i2", "i0", "never seen"]
+    first = repo.embeddings("item_embeddings", "20240101-aa", wanted)
+    assert first == [[1.0, 1.0], [1.0, 0.0], None]
+    # The next ranker no longer knows i0, and its old vector does not pass for a new one.
+    second_vectors = repo.embeddings("item_embeddings", "20240102-bb", wanted)
+    assert second_vectors == [[8.0, 7.0], None, None]
+    store = repo.open()
+    view = store.get_feature_view("item_embeddings_20240101_aa")
+    assert view.tags == {"version": "20240101-aa", "width": "2"}
+    service = store.get_feature_service("embeddings")
+    assert service.tags == {"version": "20240102-bb"}
+    names = [projection.name for projection in service.feature_view_projections]
+    assert names == ["item_embeddings_20240102_bb"]
+    repo.apply(counted.spec)  # the spec's objects come and go without them
+    assert repo.embeddings("item_embeddings", "20240102-bb", ["i2"]) == [[8.0, 7.0]]
+    assert repo.open().get_entity("item_id").tags == {"owner": "item"}
+
+
+def test_the_nearest_vectors_are_found_through_feast(counted: small_store.Store):
+    """From (2, 1): i2 = (1, 1) is 18 degrees off, i0 = (1, 0) 27 and i1 = (0, 1) 63."""
+    tables = {"item_embeddings": ("item_id", ["i0", "i1", "i2"], FIRST)}
+    counted.repo.publish_embeddings("v1", tables)
+    found = counted.repo.nearest("item_embeddings", "v1", [2.0, 1.0], 2)
+    assert [key for key, _ in found] == ["i2", "i0"]
+    assert [d for _, d in found] == pytest.approx([1 - 3 / 10**0.5, 1 - 2 / 5**0.5], abs=1e-6)
+
+
+def test_embeddings_of_champions_long_gone_are_removed(counted: small_store.Store):
+    repo = counted.repo
+    champions: list[str] = []
+    for version in ("v1", "v2", "v3", "v4", "v5"):
+        tables = {"item_embeddings": ("item_id", ["i0"], FIRST[:1])}
+        repo.publish_embeddings(version, tables, keep=champions)
+        champions.append(version)
+    left = {v.name for v in repo.open().list_batch_feature_views() if "version" in v.tags}
+    assert left == {f"item_embeddings_v{n}" for n in (2, 3, 4, 5)}
+    assert [repo.has_embeddings(version) for version in ("v1", "v2")] == [False, True]
+    assert not (repo.folder / "embeddings" / "v1").exists()
+
+
+def test_a_publication_that_was_cut_short_does_not_pass_for_a_whole_one(
+    counted: small_store.Store,
+):
+    tables = {"item_embeddings": ("item_id", ["i0"], FIRST[:1])}
+    counted.repo.publish_embeddings("v1", tables)
+    broken = {"item_embeddings": ("no_such_key", ["i0"], FIRST[:1])}
+    with pytest.raises(Exception, match="no_such_key"):
+        counted.repo.publish_embeddings("v2", broken)
+    assert not counted.repo.has_embeddings("v2")
+    assert counted.repo.open().get_feature_service("embeddings").tags == {"version": "v1"}
+    assert counted.repo.embeddings("item_embeddings", "v1", ["i0"]) == [[1.0, 0.0]]
+    counted.repo.publish_embeddings("v2", tables)
+    assert counted.repo.has_embeddings("v2")
 
 
 # -- tables and frames ---------------------------------------------------------------------------

@@ -220,6 +220,14 @@ def test_a_column_without_known_values_has_no_embeddings():
     assert vectors.shape == (0, 8)
 
 
+def test_what_retrieval_reads_leaves_out_keys_without_vectors():
+    assert list(RANKER.published_embeddings()) == ["user_embeddings"]  # items: see above
+    key, keys, vectors = RANKER.published_embeddings()["user_embeddings"]
+    assert key == "user_id"
+    assert keys == RANKER.embeddings("user_id")[0]
+    np.testing.assert_array_equal(vectors, RANKER.embeddings("user_id")[1])
+
+
 def test_embeddings_are_a_copy():
     before = RANKER.score(FRAME)
     RANKER.embeddings("user_id")[1][:] = 1e6

@@ -1,11 +1,13 @@
-"""Project commands: ``kedro serve``, ``champion``, ``promote`` and ``rollback``."""
+"""Project commands: ``kedro run``, ``serve``, ``champion``, ``promote`` and ``rollback``."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from kedro.framework.cli.project import run as kedro_run
 
 if TYPE_CHECKING:
     from fathom.registry import Registry
@@ -18,13 +20,25 @@ def cli() -> None:
     """Fathom's own commands."""
 
 
+# Kedro's own command, but for the runner that it takes by default.
+run = copy.copy(kedro_run)
+run.context_settings = {"default_map": {"runner": "fathom.runner.UpToDateRunner"}}
+run.epilog = (
+    "Nodes are skipped where what they read, their parameters and the code are as they were and "
+    "what they wrote is still there. To run every node: kedro run --runner SequentialRunner"
+)
+cli.add_command(run)
+
+
 @cli.command()
 @_env
 @click.option("--port", default=3000, show_default=True, help="Where to listen.")
-def serve(env: str | None, port: int) -> None:
+@click.option("--feature-log", help="Folder for the features of all that is ranked, to replay.")
+def serve(env: str | None, port: int, feature_log: str | None) -> None:
     """Serve the champion over HTTP until interrupted."""
     from fathom import packaging
     from fathom.feature_store import FeatureRepo, FeatureStoreConfig
+    from fathom.serving import ServingConfig
 
     parameters = _parameters(env)
     versions = _registry(parameters)
@@ -36,7 +50,10 @@ def serve(env: str | None, port: int) -> None:
     tag = packaging.import_ranker(versions.path(version), version)
     bento = packaging.build_bento(tag, Path.cwd())
     config = FeatureStoreConfig.model_validate(parameters["feature_store"])
-    packaging.serve(bento, port, repo=FeatureRepo(config, Path.cwd()))
+    serving = ServingConfig.model_validate(parameters.get("serving", {}))
+    if feature_log:
+        serving = serving.model_copy(update={"feature_log": feature_log})
+    packaging.serve(bento, port, repo=FeatureRepo(config, Path.cwd()), serving=serving)
 
 
 @cli.command()
@@ -57,7 +74,10 @@ def champion(env: str | None) -> None:
 @click.option("--reason", default="promoted by hand", show_default=True)
 def promote(version: str, env: str | None, reason: str) -> None:
     """Make VERSION the champion."""
-    _registry(_parameters(env)).promote(version, reason, by="operator")
+    parameters = _parameters(env)
+    versions = _registry(parameters)
+    _publish(parameters, versions, version)
+    versions.promote(version, reason, by="operator")
     click.echo(f"champion: {version}")
 
 
@@ -66,7 +86,22 @@ def promote(version: str, env: str | None, reason: str) -> None:
 @click.option("--reason", default="rolled back by hand", show_default=True)
 def rollback(env: str | None, reason: str) -> None:
     """Put the champion's predecessor back in charge."""
-    click.echo(f"champion: {_registry(_parameters(env)).rollback(reason)}")
+    parameters = _parameters(env)
+    versions = _registry(parameters)
+    champions = versions.champions()
+    if len(champions) > 1:
+        _publish(parameters, versions, champions[-2])
+    click.echo(f"champion: {versions.rollback(reason)}")
+
+
+def _publish(parameters: dict[str, Any], versions: Registry, version: str) -> None:
+    """See to it that a coming champion's embeddings are in the feature store, as a run would."""
+    from fathom.feature_store import FeatureRepo, FeatureStoreConfig
+
+    repo = FeatureRepo(FeatureStoreConfig.model_validate(parameters["feature_store"]), Path.cwd())
+    if not repo.has_embeddings(version):
+        tables = versions.load(version).published_embeddings()
+        repo.publish_embeddings(version, tables, keep=versions.champions())
 
 
 def _parameters(env: str | None) -> dict[str, Any]:

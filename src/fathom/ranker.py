@@ -42,6 +42,9 @@ MANIFEST = "manifest.json"
 TOLERANCE = 1e-6
 _LARGEST = float(np.finfo(np.float32).max)
 
+#: Key column, keys of length R, vectors (R, D) float32.
+EmbeddingTable = tuple[str, list[str], NDArray[np.float32]]
+
 
 class ArtifactError(RuntimeError):
     """An artifact is incomplete, changed or unreadable; the message lists every fault."""
@@ -133,6 +136,23 @@ class Ranker:
         vocabulary = self.encoder.tables[tables[column]]
         weights = self.model.state_dict()[f"deep.embeddings.tables.{tables[column]}.weight"]
         return list(vocabulary.values), weights[FIRST_KNOWN:].numpy().copy()
+
+    def published_embeddings(self) -> dict[str, EmbeddingTable]:
+        """What retrieval reads of this ranker: view name → key column, keys, vectors.
+
+        Empty if its deep part has no embedding of the keys, or none was learned.
+        """
+        found = {}
+        embedded = {c.name for _, columns in self.spec.tables.values() for c in columns}
+        for view, key in (
+            ("user_embeddings", self.spec.entities.user),
+            ("item_embeddings", self.spec.entities.item),
+        ):
+            if key in embedded and self.model.deep is not None:
+                keys, vectors = self.embeddings(key)
+                if keys:
+                    found[view] = (key, keys, vectors)
+        return found
 
     def save(self, folder: Path, extra: Mapping[str, bytes | str] | None = None) -> str:
         """Write the artifact; returns its version.

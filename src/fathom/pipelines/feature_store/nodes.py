@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,41 +16,52 @@ if TYPE_CHECKING:
 else:
     Table = ArrowTable = Any
 
-Tables = dict[str, Table]
+_PARTITION = "partition"
+
+log = logging.getLogger(__name__)
 
 
 def apply_spec(
-    spec: FeatureSpec,
-    config: FeatureStoreConfig,
-    attributes: Tables,
-    views: Tables,
-    packed_views: Tables,
+    spec: FeatureSpec, config: FeatureStoreConfig, features_state: dict[str, Any]
 ) -> dict[str, Any]:
     """Make Feast's registry hold exactly the spec's objects.
 
     Returns:
-        What is registered, and the newest moment that the aggregates cover.
+        What is registered; the newest moment that the aggregates cover; which computation each
+        view continues.
     """
     from fathom.feature_store import FeatureRepo
 
-    FeatureRepo(config, Path.cwd()).apply(spec)
-    newest = [table[EVENT_TIMESTAMP].max().to_pyarrow().as_py() for table in views.values()]
-    newest += [table[EVENT_TIMESTAMP].max().to_pyarrow().as_py() for table in attributes.values()]
+    store = FeatureRepo(config, Path.cwd()).apply(spec)
     return {
         "spec_hash": spec.hash,
-        "views": [*attributes, *views, *packed_views],
+        "views": sorted(v.name for v in store.list_batch_feature_views() if "spec" in v.tags),
         "crosses": [cross.name for cross in spec.crosses],
-        "until": max(moment for moment in newest if moment is not None).isoformat(),
+        **features_state,
     }
 
 
 def read_training_frame(
     exposures: Table,
     feature_store_state: dict[str, Any],
+    previous_training_frame: Table | None,
+    previous_training_frame_state: dict[str, Any] | None,
     spec: FeatureSpec,
     config: FeatureStoreConfig,
-) -> ArrowTable:
-    """Every feature of every clean exposure, as known strictly before it, in the log's order."""
+) -> tuple[Table | ArrowTable, dict[str, Any]]:
+    """Every feature of every clean exposure, as known strictly before it, in the log's order.
+
+    Features of an exposure never change while its partition, the spec, the attributes and the
+    computations that the views continue stay the same; then only new partitions are read.
+
+    Args:
+        previous_training_frame, previous_training_frame_state: what the last run returned.
+
+    Returns:
+        The frame, and what it was read from.
+    """
+    import ibis
+
     from fathom.feature_store import FeatureRepo
 
     columns = [
@@ -59,16 +71,61 @@ def read_training_frame(
         INCLUSION_PROBABILITY,
         *(column.name for column in spec.raw_columns("context")),
     ]
-    spine = exposures.select(*dict.fromkeys(columns)).to_pyarrow()
-    return FeatureRepo(config, Path.cwd()).training_frame(spine, spec)
+    wanted = exposures.select(*dict.fromkeys([*columns, _PARTITION]))
+    state = {
+        "spec_hash": spec.hash,
+        "lineages": feature_store_state["lineages"],
+        "attributes": feature_store_state["attributes"],
+        "partitions": _fingerprints(wanted),
+    }
+    kept = _reusable(previous_training_frame, previous_training_frame_state, state)
+    new = wanted.filter(~wanted[_PARTITION].isin(kept)) if kept else wanted
+    spine = new.drop(_PARTITION).to_pyarrow()
+    log.info("joining %s exposures; %d partitions are as they were", f"{len(spine):,}", len(kept))
+    frame = FeatureRepo(config, Path.cwd()).training_frame(spine, spec)
+    if not kept:
+        return frame, state
+    assert previous_training_frame is not None
+    return ibis.union(previous_training_frame, ibis.memtable(frame)), state
 
 
 def materialise_online(
     feature_store_state: dict[str, Any], spec: FeatureSpec, config: FeatureStoreConfig
 ) -> dict[str, Any]:
-    """Load every user's newest row into the online store."""
+    """Load what is new of every user's newest row into the online store.
+
+    Returns:
+        Until when, and how many rows were written, by view.
+    """
     from fathom.feature_store import FeatureRepo
 
     until = datetime.fromisoformat(feature_store_state["until"])
-    FeatureRepo(config, Path.cwd()).materialise(spec, until)
-    return {"until": until.isoformat()}
+    written = FeatureRepo(config, Path.cwd()).materialise(
+        spec, until, feature_store_state["lineages"]
+    )
+    return {"until": until.isoformat(), "written": written}
+
+
+def _fingerprints(table: Table) -> dict[str, list[int]]:
+    """Rows, and a checksum of them in any order, of each partition."""
+    import ibis
+
+    row = ibis.literal(0, "int64")
+    for name in table.columns:
+        # A column's hash is rotated by its place, or two columns' swapped values would cancel out.
+        row = (row * 31 + table[name].hash() % 2_147_483_647) % 2_147_483_647
+    found = table.group_by(_PARTITION).agg(rows=table.count(), checksum=row.sum()).to_pyarrow()
+    return {p[_PARTITION]: [p["rows"], int(p["checksum"])] for p in found.to_pylist()}
+
+
+def _reusable(frame: Table | None, before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """Partitions whose rows of the last frame still hold; none if any does not."""
+    if frame is None or not before:
+        return []
+    alike = all(before[name] == now[name] for name in ("spec_hash", "lineages", "attributes"))
+    held: dict[str, list[int]] = before["partitions"]
+    if not alike or any(now["partitions"].get(name) != found for name, found in held.items()):
+        return []
+    rows = int(frame.count().execute())
+    # A run that died between writing the frame and writing this leaves a frame that has more.
+    return list(held) if rows == sum(count for count, _ in held.values()) else []

@@ -15,9 +15,7 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "params:features",
                     "params:feature_store",
-                    "attributes",
-                    "views",
-                    "packed_views",
+                    "features_state",
                 ],
                 outputs="feature_store_state",
                 tags="feature_store",
@@ -28,10 +26,12 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "exposures",
                     "feature_store_state",
+                    "previous_training_frame",
+                    "previous_training_frame_state",
                     "params:features",
                     "params:feature_store",
                 ],
-                outputs="training_frame",
+                outputs=["training_frame", "training_frame_state"],
                 tags="feature_store",
             ),
             Node(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fathom.config import SplitConfig
 from fathom.feature_store import FeatureStoreConfig
 from fathom.pipelines.splits import between
-from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
+from fathom.spec import EVENT_TIMESTAMP
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
@@ -62,7 +62,7 @@ def register(
     """Add the candidate to the registry, with its golden requests and its reference.
 
     Returns:
-        Its version.
+        Its version, as a receipt for its files.
     """
     from fathom.feature_store import frame_of
     from fathom.ranker import rows_of_frame
@@ -83,7 +83,8 @@ def register(
     validation = between(training_frame, split, "validation").select(*columns)
     reference = _sample(validation, config.reference_rows, draw)
     scores = candidate.score(frame_of(reference))
-    version = Registry(Path(registry)).register(
+    versions = Registry(Path(registry))
+    version = versions.register(
         lambda folder: candidate.save(
             folder,
             {
@@ -94,14 +95,17 @@ def register(
             },
         )
     )
-    return {"version": version}
+    return {"version": version, "covers": [str(versions.path(version))]}
 
 
-def package(registered: dict[str, Any], registry: str) -> dict[str, Any]:
+def package(registered: dict[str, Any], bentofile: str, registry: str) -> dict[str, Any]:
     """Build the version's Bento, run it as a process, and compare its answers.
 
+    Args:
+        bentofile: what is packed; a change of it is a reason to pack again.
+
     Returns:
-        The Bento's tag and what the dry run found.
+        The Bento's tag and what the dry run found, as a receipt for BentoML's files.
 
     Raises:
         DryRunError: the built Bento does not start, or does not score as in training.
@@ -114,16 +118,28 @@ def package(registered: dict[str, Any], registry: str) -> dict[str, Any]:
     bento = packaging.build_bento(tag, Path.cwd())
     golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
     found = packaging.dry_run(bento, golden)
-    return {"tag": bento, "model": tag, "dry_run": dataclasses.asdict(found)}
+    return {
+        "tag": bento,
+        "model": tag,
+        "dry_run": {"max_difference": found.max_difference},
+        "covers": [_stored("models", tag), _stored("bentos", bento)],
+    }
 
 
 def promote(
-    registered: dict[str, Any], verdict: dict[str, Any], bento: dict[str, Any], registry: str
+    registered: dict[str, Any],
+    verdict: dict[str, Any],
+    bento: dict[str, Any],
+    published_embeddings: dict[str, Any],
+    registry: str,
 ) -> dict[str, Any]:
     """Make the version champion if the gate let it pass.
 
+    Its embeddings are published by then, so the pointer switches both at once.
+
     Returns:
-        The version, whether it is champion, why, and who is champion now.
+        The version, whether it is champion, why, and who is champion now, as a receipt for the
+        champion's pointer.
     """
     from fathom.registry import Registry
 
@@ -136,42 +152,41 @@ def promote(
         "reasons": verdict["reasons"],
         "bento_tag": bento["tag"],
         "champion": versions.champion(),
+        "covers": [str(Path(registry) / "champion.json")],
     }
 
 
 def publish_embeddings(
-    release: dict[str, Any],
+    registered: dict[str, Any],
+    verdict: dict[str, Any],
+    bento: dict[str, Any],
     online_state: dict[str, Any],
-    spec: FeatureSpec,
     config: FeatureStoreConfig,
     registry: str,
 ) -> dict[str, Any]:
-    """Publish the champion's user and item embeddings as feature views.
+    """Publish a coming champion's user and item embeddings, beside those of earlier champions.
 
     Returns:
-        Rows by view; none if the candidate was not promoted or has no embeddings of the keys.
+        Rows by view; none if the gate refused the candidate or it has no embeddings of the keys.
     """
     from fathom.feature_store import FeatureRepo
     from fathom.registry import Registry
 
-    tables = {}
-    if release["promoted"]:
-        champion = Registry(Path(registry)).load(release["version"])
-        embedded = {c.name for _, columns in spec.tables.values() for c in columns}
-        for name, key in (
-            ("user_embeddings", spec.entities.user),
-            ("item_embeddings", spec.entities.item),
-        ):
-            if key in embedded and champion.model.deep is not None:
-                keys, vectors = champion.embeddings(key)
-                if keys:
-                    tables[name] = (key, keys, vectors)
+    version = registered["version"]
+    versions = Registry(Path(registry))
+    tables = versions.load(version).published_embeddings() if verdict["promoted"] else {}
     if tables:
-        FeatureRepo(config, Path.cwd()).publish_embeddings(release["version"], tables)
+        repo = FeatureRepo(config, Path.cwd())
+        repo.publish_embeddings(version, tables, keep=versions.champions())
     return {
-        "version": release["version"],
+        "version": version,
         "rows": {name: len(keys) for name, (_, keys, _) in tables.items()},
     }
+
+
+def _stored(store: str, tag: str) -> str:
+    """Where an item of one of BentoML's stores lies."""
+    return os.path.relpath(Path(os.environ["BENTOML_HOME"], store, *tag.split(":")))
 
 
 def _sample(table: Table, rows: int, draw: np.random.Generator) -> Any:
