@@ -143,10 +143,11 @@ def feature_store(root: Path) -> FeatureRepo:
         write_parquet(made[name], repo.source(name))
     for view in SPEC.views:
         snapshot = features.snapshots(log, SPEC, view, until)
-        write_parquet(connection.to_pyarrow(snapshot), repo.source(view))
+        write_parquet(connection.to_pyarrow(snapshot), repo.source(view) / "000020.parquet")
         if is_packable(SPEC, view):
-            packed = features.packed(snapshot, SPEC, view)
-            write_parquet(connection.to_pyarrow(packed), repo.source(packed_name(view)))
+            packed = features.packed(features.newest(snapshot, SPEC, view), SPEC, view)
+            path = repo.source(packed_name(view)) / "000020.parquet"
+            write_parquet(connection.to_pyarrow(packed), path)
     repo.apply(SPEC)
     repo.materialise(SPEC, START + timedelta(days=DAYS + 1))
     return repo

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fathom.feature_store import FeatureRepo, FeatureStoreConfig, write_parquet
+from fathom.feature_store import FeatureRepo, FeatureStoreConfig
 from fathom.spec import FeatureSpec
 
 START = datetime(2024, 1, 1, 6, tzinfo=timezone.utc)
@@ -199,23 +199,31 @@ class Store:
 
 
 def written(folder: Path, spec: FeatureSpec, tables: Mapping[str, pa.Table]) -> Store:
-    """Sources of every feature view of a spec, as the features pipeline writes them."""
+    """Sources of every feature view of a spec, as the features pipeline writes them.
+
+    Where an earlier call wrote some, what is new in the tables is added to them.
+    """
     import ibis
 
-    from fathom import features
-    from fathom.pipelines.features.nodes import summarise_logs
+    from fathom.pipelines import datasets
+    from fathom.pipelines.features import nodes
 
-    connection = ibis.duckdb.connect()
-    connection.raw_sql("SET TimeZone='UTC'")
-    read = {name: connection.create_table(name, table) for name, table in tables.items()}
-    made = summarise_logs(**read, spec=spec)
     repo = FeatureRepo(FeatureStoreConfig(folder="features"), folder)
-    for sources in made:
-        for view, table in sources.items():
-            write_parquet(table.to_pyarrow(), repo.source(view))
-    logs = [read["exposures"], read["interactions"]]
-    last = int(features.last_step(logs, spec).execute())
-    return Store(repo, spec, tables, spec.grain_origin + last * spec.grain)
+    views, packed, carry = (str(repo.folder / name) for name in ("views", "packed", "carry"))
+    outputs = (
+        datasets.SnapshotsDataset(views),
+        datasets.SnapshotsDataset(packed),
+        datasets.CarryDataset(carry, views, packed),
+    )
+    past = datasets.PastDataset(carry, views, packed).load()
+    read = {name: ibis.memtable(table) for name, table in tables.items()}
+    for chunk in nodes.summarise_logs(**read, past=past, spec=spec):
+        for dataset, data in zip(outputs, chunk, strict=True):
+            dataset.save(data)
+    attributes = nodes.stamp_attributes(read["users"], read["items"], spec)
+    datasets.TablesDataset(str(repo.folder / "attributes")).save(attributes)
+    until = nodes.describe_features(outputs[-1].load(), spec)["until"]
+    return Store(repo, spec, tables, datetime.fromisoformat(until))
 
 
 def ready(folder: Path, spec: FeatureSpec = SPEC, seed: int = 3) -> Store:

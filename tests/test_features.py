@@ -524,6 +524,11 @@ def test_a_log_keeps_an_attribute_that_it_has_itself():
 # -- packed rows ---------------------------------------------------------------------------------
 
 
+def packed_rows(spec: FeatureSpec, log: Any, view: str, until: int) -> list[dict[str, Any]]:
+    newest = features.newest(features.snapshots(log, spec, view, until), spec, view)
+    return features.packed(newest, spec, view).to_pyarrow().to_pylist()
+
+
 def test_packed_gathers_each_users_newest_values():
     spec = a_spec(
         {"name": "pairs", "by": ["user_id", "item_id"], "measure": "count"},
@@ -538,9 +543,7 @@ def test_packed_gathers_each_users_newest_values():
         act("ann", day(5.5), item_id="jam", quantity=None),
         act("bob", day(0.5), item_id="rye", quantity=4.0),
     )
-    snapshot = features.snapshots(log, spec, view, 6).cache()
-    rows = features.packed(snapshot, spec, view).to_pyarrow().to_pylist()
-    last = {row["user_id"]: row for row in rows}
+    last = {row["user_id"]: row for row in packed_rows(spec, log, view, 6)}
     us = [(day(k) - EPOCH) // MICROSECOND for k in (0.5, 1.5, 5.5)]
     assert last["ann"][f"{view}__item_id"] == ["jam", "tea"]
     assert last["ann"][f"{view}__pairs"] == [1, 2]
@@ -548,8 +551,9 @@ def test_packed_gathers_each_users_newest_values():
     assert last["ann"][f"{view}__age__last_us"] == [us[2], us[1]]
     assert last["ann"][f"{view}__m"] == [None, 1.5]
     assert last["bob"][f"{view}__item_id"] == ["rye"]
-    stamps = {row[name] for row in rows for name in ("event_timestamp", "created_timestamp")}
-    assert stamps == {day(6)}  # every user's row is as of the newest boundary
+    # A user's row is of the newest boundary at which one of its values changed.
+    assert last["ann"]["event_timestamp"] == last["ann"]["created_timestamp"] == day(6)
+    assert last["bob"]["event_timestamp"] == day(3)  # when the row left the window of two days
 
 
 def test_packed_is_as_of_the_newest_row_even_where_its_value_is_missing():
@@ -558,8 +562,7 @@ def test_packed_is_as_of_the_newest_row_even_where_its_value_is_missing():
     spec = a_spec({"name": "mean", **of})
     view = "user_id_item_id_interactions"
     log = a_log(act("ann", day(0.5), item_id="tea", quantity=1.0))
-    snapshot = features.snapshots(log, spec, view, 4).cache()
-    row = features.packed(snapshot, spec, view).to_pyarrow().to_pylist()[0]
+    row = packed_rows(spec, log, view, 4)[0]
     assert row[f"{view}__mean"] == [None]
 
 
@@ -574,10 +577,35 @@ def test_packed_lists_are_in_the_order_of_their_keys_and_side_by_side():
             for n in numbers
         )
     )
-    snapshot = features.snapshots(log, spec, view, 1).cache()
-    row = features.packed(snapshot, spec, view).to_pyarrow().to_pylist()[0]
+    row = packed_rows(spec, log, view, 1)[0]
     assert row[f"{view}__item_id"] == [f"{n:04}" for n in range(3000)]
     assert row[f"{view}__mean"] == [None if n % 3 else float(n) for n in range(3000)]
+
+
+def test_views_with_a_maximal_age_hold_the_moment_of_each_row():
+    pairs = {"name": "pairs", "by": ["user_id", "item_id"], "measure": "count"}
+    view = "user_id_item_id_interactions"
+    log = a_log(
+        act("ann", day(0.5), item_id="tea"),
+        act("ann", day(0.7), item_id="jam"),
+        act("ann", day(1.5), item_id="tea"),
+    )
+    spec = a_spec(pairs, COUNT, max_age_days={view: 30, "users": 365})
+    first, second = ((day(k) - EPOCH) // MICROSECOND for k in (1, 2))
+    found = summarised(spec, log, view)
+    stamps = [(row["item_id"], row[features.stamp_name(view)]) for row in found]
+    assert stamps == [("jam", first), ("tea", first), ("tea", second)]
+    row = packed_rows(spec, log, view, 2)[0]
+    assert row[f"{view}__item_id"] == ["jam", "tea"]
+    assert row[f"{view}__{view}__at_us"] == [first, second]
+    assert row["event_timestamp"] == day(2)
+    # A view without a maximal age has no such field, of aggregates or of attributes.
+    assert "user_id_interactions__at_us" not in summarised(spec, log)[0]
+    [user] = features.with_stamps(users_table(), spec, "users").to_pyarrow().to_pylist()
+    assert user["users__at_us"] == (day(0) - EPOCH) // MICROSECOND
+    assert user["created_timestamp"] == user["event_timestamp"] == day(0)
+    items = features.with_stamps(items_table(("tea", day(1), "herbs")), spec, "items")
+    assert items.columns == ("item_id", "event_timestamp", "genre", "created_timestamp")
 
 
 # -- the same on every run -----------------------------------------------------------------------

@@ -6,6 +6,10 @@ before ``T``; a row that arrives late counts from when it arrived. A snapshot ro
 where a value changes: when rows arrive, and when they leave a window. An exposure at ``t`` then
 reads, for its key, the last snapshot row with ``T <= t`` (the feature store's as-of join).
 
+Here is what stands around the sums: the rows of a log that they read, and the rows of a feature
+view that they become. `fathom.aggregates` adds up, and `fathom.increments` knows what an earlier
+run has added up already.
+
 All functions build Ibis expressions; nothing is executed here.
 """
 
@@ -15,6 +19,8 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from fathom import aggregates
+from fathom.aggregates import STEP, view_keys
 from fathom.spec import (
     ARRIVAL_TIMESTAMP,
     CREATED_TIMESTAMP,
@@ -28,15 +34,7 @@ if TYPE_CHECKING:
     from ibis.expr.types import Column as Expression
     from ibis.expr.types import IntegerScalar, Table
 
-# Columns on the way to a snapshot. No column of a spec starts with an underscore.
-_STEP = "__step"
-_COUNT = "__count"
-_POSITIVES = "__positives"
-_LAST_EVENT = "__last_event"
-_ROW = "__row"
-_RANK = "__rank"
-#: Money and other sums are added exactly, so that a sum does not depend on the order of rows.
-_EXACT = "decimal(18, 6)"
+_TIMES = (EVENT_TIMESTAMP, ARRIVAL_TIMESTAMP)
 #: Feast's DuckDB reader refuses nanoseconds.
 _UTC = "timestamp('UTC', 6)"
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -80,8 +78,16 @@ def packed_name(view: str) -> str:
 
 def is_packable(spec: FeatureSpec, view: str) -> bool:
     """Whether a view is keyed by the user and something else."""
-    by = _aggregate(spec.views[view][0]).by
+    by = view_keys(spec, view)
     return spec.entities.user in by and len(by) > 1
+
+
+def boundary(step: int, spec: FeatureSpec) -> datetime:
+    """The moment of a step's boundary, UTC."""
+    return spec.grain_origin + step * spec.grain
+
+
+# -- rows of a log -------------------------------------------------------------------------------
 
 
 def with_attributes(log: Table, users: Table, items: Table, spec: FeatureSpec) -> Table:
@@ -96,7 +102,168 @@ def with_attributes(log: Table, users: Table, items: Table, spec: FeatureSpec) -
     Returns:
         The log with one more column for each attribute needed.
     """
-    needed = _read_columns(spec)
+    return _joined(log, users, items, spec, columns_read(spec.aggregates))
+
+
+def rows_read(
+    log: Table, users: Table, items: Table, spec: FeatureSpec, of: str, since: int | None = None
+) -> Table:
+    """What `fathom.aggregates.parts` reads of a log: its rows' values, attributes and steps.
+
+    Args:
+        of: which log it is.
+        since: only rows that were not known yet at this step's boundary; all when None.
+    """
+    columns = [column for column in spec.aggregates if _aggregate(column).of == of]
+    needed = columns_read(columns)
+    kept = {*needed, spec.entities.user, spec.entities.item, spec.label.name, *_TIMES}
+    rows = log.select(*(name for name in log.columns if name in kept))
+    if since is not None:
+        rows = rows.filter(~known_by(rows, spec, since))
+    rows = _joined(_numbered(rows, spec), users, items, spec, needed)
+    return rows.select(*(name for name in rows.columns if name != ARRIVAL_TIMESTAMP))
+
+
+def columns_read(columns: Iterable[Column]) -> set[str]:
+    """Columns that aggregates read, as a key or as a value."""
+    aggregates = [_aggregate(column) for column in columns]
+    return {name for a in aggregates for name in (*a.by, a.column) if name is not None}
+
+
+def known_by(log: Table, spec: FeatureSpec, step: int) -> Expression:
+    """Whether each row of a log had happened and arrived strictly before a step's boundary."""
+    return before(known_from(log), spec, step)
+
+
+def before(moment: Expression, spec: FeatureSpec, step: int) -> Expression:
+    """Whether a moment is strictly before a step's boundary."""
+    import ibis
+
+    return moment < ibis.literal(boundary(step, spec), type=_UTC)
+
+
+def known_from(log: Table) -> Expression:
+    """The later of a row's event time and its arrival time."""
+    import ibis
+
+    known = log[EVENT_TIMESTAMP]
+    if ARRIVAL_TIMESTAMP in log.columns:
+        known = ibis.greatest(known, log[ARRIVAL_TIMESTAMP].fill_null(known))
+    return known
+
+
+def last_step(logs: Iterable[Table], spec: FeatureSpec) -> IntegerScalar:
+    """The step of the newest boundary that covers every row of the logs."""
+    import ibis
+
+    newest = [log.aggregate(known=known_from(log).max()) for log in logs]
+    known = ibis.union(*newest).known.max() if len(newest) > 1 else newest[0].known
+    return _step(known, spec).as_scalar()
+
+
+# -- rows of a view ------------------------------------------------------------------------------
+
+
+def snapshots(log: Table, spec: FeatureSpec, view: str, until: IntegerScalar | int) -> Table:
+    """Summarise a whole log for one feature view.
+
+    Args:
+        log: the log of the view's aggregates, with the attributes they need.
+        view: a name in ``spec.views``.
+        until: the last step to write (see `last_step`); later ones are not known yet.
+
+    Returns:
+        One row for each key and boundary at which a value changes, as `stamped` gives them. Rows
+        with a null key are left out.
+    """
+    parts = aggregates.parts(_numbered(log, spec), spec, view)
+    return stamped(aggregates.evaluated(parts, spec, view, until), spec, view)
+
+
+def stamped(evaluated: Table, spec: FeatureSpec, view: str) -> Table:
+    """Aggregates by step (see `fathom.aggregates.evaluated`) as rows of their feature view.
+
+    Returns:
+        The key columns, ``event_timestamp`` and ``created_timestamp`` (the boundary, UTC), and
+        each aggregate under its `stored_name`; in views with a maximal age, the boundary as a
+        number too.
+    """
+    seconds = evaluated[STEP] * _seconds(spec) + int(spec.grain_origin.timestamp())
+    moment = seconds.as_timestamp("s").cast(_UTC)
+    values = {EVENT_TIMESTAMP: moment, CREATED_TIMESTAMP: moment}
+    for field, column in stored_fields(spec, view).items():
+        if column is None:
+            values[field] = seconds * 1_000_000
+        elif field == column.name:
+            values[field] = evaluated[field]
+        else:
+            values[field] = _microseconds(evaluated[column.name])
+    return evaluated.select(*view_keys(spec, view), **values)
+
+
+def with_stamps(attributes: Table, spec: FeatureSpec, view: str) -> Table:
+    """The rows of ``users`` or ``items`` as their feature view holds them.
+
+    Returns:
+        The table with ``created_timestamp``, and with the rows' own moments if the view ages.
+    """
+    moment = attributes[EVENT_TIMESTAMP]
+    stamps = {CREATED_TIMESTAMP: moment}
+    if spec.max_age(view):
+        stamps[stamp_name(view)] = _microseconds(moment)
+    return attributes.mutate(**stamps)
+
+
+# -- one row per user ----------------------------------------------------------------------------
+
+
+def newest(rows: Table, spec: FeatureSpec, view: str) -> Table:
+    """The last snapshot of each key: keys, ``event_timestamp`` and fields."""
+    moment = rows[EVENT_TIMESTAMP]
+    return rows.group_by(*view_keys(spec, view)).agg(
+        **{EVENT_TIMESTAMP: moment.max()},
+        **{name: rows[name].argmax(moment) for name in stored_fields(spec, view)},
+    )
+
+
+def replaced(earlier: Table, later: Table, spec: FeatureSpec, view: str) -> Table:
+    """The last snapshot of each key, from those of two stretches of time."""
+    import ibis
+
+    by = view_keys(spec, view)
+    return ibis.union(earlier.anti_join(later, by).select(*later.columns), later)
+
+
+def packed(rows: Table, spec: FeatureSpec, view: str) -> Table:
+    """Gather the newest rows of a view keyed by user and something else into one row per user.
+
+    Serving reads one row per request, the user's; a candidate's value is then found in it by the
+    other keys (`fathom.feature_store`). A user's newest row is the whole truth about the user.
+
+    Args:
+        rows: one for each key (see `newest`).
+
+    Returns:
+        One row per user: the user key, both timestamps (the newest boundary among the user's
+        rows), and equally long arrays ``<view>__<key>`` and ``<view>__<field>``.
+    """
+    user = spec.entities.user
+    others = [key for key in view_keys(spec, view) if key != user]
+    order = [rows[key] for key in others]
+    return rows.group_by(user).agg(
+        **{
+            f"{view}__{name}": rows[name].collect(order_by=order, include_null=True)
+            for name in (*others, *stored_fields(spec, view))
+        },
+        **{name: rows[EVENT_TIMESTAMP].max() for name in (EVENT_TIMESTAMP, CREATED_TIMESTAMP)},
+    )
+
+
+# -- time and columns ----------------------------------------------------------------------------
+
+
+def _joined(log: Table, users: Table, items: Table, spec: FeatureSpec, needed: set[str]) -> Table:
+    """A log with the attributes among ``needed`` that it lacks, as of each row's event time."""
     for table, key, owner in (
         (users, spec.entities.user, "user"),
         (items, spec.entities.item, "item"),
@@ -113,183 +280,20 @@ def with_attributes(log: Table, users: Table, items: Table, spec: FeatureSpec) -
     return log
 
 
-def last_step(logs: Iterable[Table], spec: FeatureSpec) -> IntegerScalar:
-    """The step of the newest boundary that covers every row of the logs."""
-    import ibis
-
-    newest = [log.aggregate(step=_step(log, spec).max()) for log in logs]
-    return ibis.union(*newest).step.max().as_scalar() if len(newest) > 1 else newest[0].as_scalar()
-
-
-def snapshots(log: Table, spec: FeatureSpec, view: str, until: IntegerScalar | int) -> Table:
-    """Summarise a log for one feature view.
-
-    Args:
-        log: the log of the view's aggregates, with the attributes they need.
-        view: a name in ``spec.views``.
-        until: the last step to write (see `last_step`); later ones are not known yet.
-
-    Returns:
-        One row for each key and boundary at which a value changes: the key columns,
-        ``event_timestamp`` and ``created_timestamp`` (the boundary, UTC), and each aggregate
-        under its `stored_name`. Rows with a null key are left out.
-    """
-    columns = spec.views[view]
-    by = list(_aggregate(columns[0]).by)
-    rows = log.mutate(**{_STEP: _step(log, spec)}).filter([log[key].notnull() for key in by])
-    scalars = [column for column in columns if column.kind == "numeric"]
-    histories = [column for column in columns if column.kind == "sequence"]
-    result = _running(rows, by, scalars, spec, until)
-    for column in histories:
-        # A row that only marks a window's end has no history of its own: it keeps the last one.
-        # (Ibis drops `include_null=False` inside a window, so no window can carry it on.)
-        history = _history(rows, by, column)
-        joined = result.asof_join(history, on=_STEP, predicates=by, rname="__right_{name}")
-        result = joined.select(*result.columns, column.name)
-    boundary = _boundary(result[_STEP], spec)
-    return result.select(
-        *by,
-        boundary.name(EVENT_TIMESTAMP),
-        boundary.name(CREATED_TIMESTAMP),
-        *(stored_name(column) for column in columns),
-    )
+def _numbered(log: Table, spec: FeatureSpec) -> Table:
+    """A log with the number of each row's first boundary strictly after it was known."""
+    if STEP in log.columns:
+        return log
+    return log.mutate(**{STEP: _step(known_from(log), spec)})
 
 
-def packed(snapshot: Table, spec: FeatureSpec, view: str) -> Table:
-    """Gather a view keyed by user and something else into one row per user.
-
-    Serving reads one row per request, the user's; a candidate's value is then found in it by the
-    other keys (`fathom.feature_store`). The row holds each key's newest snapshot.
-
-    Returns:
-        One row per user: the user key, both timestamps (the newest boundary), and equally long
-        arrays ``<view>__<key>`` and ``<view>__<field>``.
-    """
-    import ibis
-
-    user = spec.entities.user
-    columns = spec.views[view]
-    others = [key for key in _aggregate(columns[0]).by if key != user]
-    fields = [stored_name(column) for column in columns]
-    newest = snapshot.group_by(user, *others).agg(
-        **{name: snapshot[name].argmax(snapshot[EVENT_TIMESTAMP]) for name in fields},
-        **{EVENT_TIMESTAMP: snapshot[EVENT_TIMESTAMP].max()},
-    )
-    as_of = newest[EVENT_TIMESTAMP].max().over(ibis.window()).cast(_UTC)
-    newest = newest.mutate(as_of.name(EVENT_TIMESTAMP))
-    order = [newest[key] for key in others]
-    return newest.group_by(user).agg(
-        **{
-            f"{view}__{name}": newest[name].collect(order_by=order, include_null=True)
-            for name in (*others, *fields)
-        },
-        **{name: newest[EVENT_TIMESTAMP].max() for name in (EVENT_TIMESTAMP, CREATED_TIMESTAMP)},
-    )
-
-
-def _running(
-    rows: Table, by: list[str], columns: list[Column], spec: FeatureSpec, until: IntegerScalar | int
-) -> Table:
-    """Cumulative and windowed values at every step where one of them changes."""
-    import ibis
-
-    aggregates = [_aggregate(column) for column in columns]
-    sums = {_COUNT: rows.count()}
-    for aggregate in aggregates:
-        if aggregate.measure in {"sum", "mean"}:
-            sums[_sum(aggregate)] = rows[aggregate.column].cast(_EXACT).sum()
-        if aggregate.measure == "mean":
-            sums[_known(aggregate)] = rows[aggregate.column].count()
-        if aggregate.measure == "rate":
-            sums[_POSITIVES] = _is_positive(rows, spec).cast("int64").sum()
-    arrived = rows.group_by(*by, _STEP).agg(**sums, **{_LAST_EVENT: rows[EVENT_TIMESTAMP].max()})
-    steps = sorted(
-        {a.window_days // spec.grain_days for a in aggregates if a.window_days is not None}
-    )
-    leaving = [
-        arrived.mutate(
-            **{_STEP: arrived[_STEP] + window, _LAST_EVENT: ibis.null(arrived[_LAST_EVENT].type())},
-            **{name: arrived[name] * 0 for name in sums},
-        )
-        for window in steps
-    ]
-    changes = ibis.union(arrived, *leaving) if leaving else arrived
-    changes = changes.filter(changes[_STEP] <= until)
-    changes = changes.group_by(*by, _STEP).agg(
-        **{name: changes[name].sum() for name in sums},
-        **{_LAST_EVENT: changes[_LAST_EVENT].max()},
-    )
-    return changes.select(
-        *by,
-        _STEP,
-        *(_value(changes, by, column, spec).name(stored_name(column)) for column in columns),
-    )
-
-
-def _value(changes: Table, by: list[str], column: Column, spec: FeatureSpec) -> Expression:
-    """One aggregate at each step of ``changes``."""
-    import ibis
-
-    aggregate = _aggregate(column)
-    if aggregate.window_days is None:
-        window = ibis.cumulative_window(group_by=by, order_by=_STEP)
-    else:
-        width = aggregate.window_days // spec.grain_days
-        window = ibis.range_window(preceding=width - 1, following=0, group_by=by, order_by=_STEP)
-    count = changes[_COUNT].sum().over(window)
-    if aggregate.measure == "count":
-        return count.cast("int64")
-    if aggregate.measure == "recency_days":
-        return _microseconds(changes[_LAST_EVENT].max().over(window))
-    if aggregate.measure == "rate":
-        positives = changes[_POSITIVES].sum().over(window).cast("float64")
-        prior = aggregate.prior * aggregate.prior_weight
-        return (positives + prior) / (count.cast("float64") + aggregate.prior_weight)
-    total = changes[_sum(aggregate)].sum().over(window).cast("float64")
-    if aggregate.measure == "sum":
-        return total
-    return total / changes[_known(aggregate)].sum().over(window).nullif(0).cast("float64")
-
-
-def _history(rows: Table, by: list[str], column: Column) -> Table:
-    """The last ``n`` values at every step in which a row arrived, newest first."""
-    import ibis
-
-    aggregate = _aggregate(column)
-    assert aggregate.column is not None
-    assert aggregate.n is not None
-    valued = rows.filter(rows[aggregate.column].notnull())
-    # Rows of one moment are ordered by their value, so that the history is the same on every run;
-    # equal rows by any number, so that both windows see the same one of them first.
-    valued = valued.mutate(**{_ROW: ibis.row_number()})
-    order = (_STEP, EVENT_TIMESTAMP, aggregate.column, _ROW)
-    newest_first = [valued[name].desc() for name in order]
-    older = ibis.window(preceding=0, following=aggregate.n - 1, group_by=by, order_by=newest_first)
-    within_step = ibis.window(group_by=[*by, _STEP], order_by=newest_first)
-    ranked = valued.select(
-        *by,
-        _STEP,
-        valued[aggregate.column].collect().over(older).name(column.name),
-        ibis.row_number().over(within_step).name(_RANK),
-    )
-    return ranked.filter(ranked[_RANK] == 0).drop(_RANK)
-
-
-def _step(log: Table, spec: FeatureSpec) -> Expression:
-    """Number of the first boundary strictly after a row happened and arrived."""
-    import ibis
-
-    known = log[EVENT_TIMESTAMP]
-    if ARRIVAL_TIMESTAMP in log.columns:
-        known = ibis.greatest(known, log[ARRIVAL_TIMESTAMP].fill_null(known))
+def _step(known: Expression, spec: FeatureSpec) -> Expression:
     since_origin = _microseconds(known) - int(spec.grain_origin.timestamp()) * 1_000_000
-    return since_origin // (int(spec.grain.total_seconds()) * 1_000_000) + 1
+    return since_origin // (_seconds(spec) * 1_000_000) + 1
 
 
-def _boundary(step: Expression, spec: FeatureSpec) -> Expression:
-    """The moment of a step's boundary, UTC."""
-    seconds = step * int(spec.grain.total_seconds()) + int(spec.grain_origin.timestamp())
-    return seconds.as_timestamp("s").cast(_UTC)
+def _seconds(spec: FeatureSpec) -> int:
+    return int(spec.grain.total_seconds())
 
 
 def _microseconds(moment: Expression) -> Expression:
@@ -297,27 +301,6 @@ def _microseconds(moment: Expression) -> Expression:
     import ibis
 
     return moment.delta(ibis.literal(_EPOCH, type=_UTC), unit="microsecond")
-
-
-def _is_positive(rows: Table, spec: FeatureSpec) -> Expression:
-    """Whether a row's label is the positive one; above 0 where labels are numbers."""
-    label = rows[spec.label.name]
-    return label == spec.label.values[-1] if spec.label.values else label > 0
-
-
-def _sum(aggregate: Aggregate) -> str:
-    return f"__sum_{aggregate.column}"
-
-
-def _known(aggregate: Aggregate) -> str:
-    """How many rows have a value: a mean is of those."""
-    return f"__known_{aggregate.column}"
-
-
-def _read_columns(spec: FeatureSpec) -> set[str]:
-    """Columns that some aggregate reads, as a key or as a value."""
-    aggregates = [_aggregate(column) for column in spec.aggregates]
-    return {name for a in aggregates for name in (*a.by, a.column) if name is not None}
 
 
 def _aggregate(column: Column) -> Aggregate:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +15,15 @@ from kedro.io.core import parse_dataset_definition
 from kedro.utils import load_obj
 
 from fathom import files
+from fathom.features import packed_name
+from fathom.increments import Carry, Past, State, Update, file_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ibis.expr.types import Table
+
+#: Where DuckDB would spill to: the folder that the process was started in.
+_BESIDE = ".tmp"
 
 
 class AtomicDataset(AbstractDataset[Any, Any]):
@@ -22,11 +31,18 @@ class AtomicDataset(AbstractDataset[Any, Any]):
 
     Args:
         dataset: definition of the dataset, with its ``filepath``.
+        optional: loads as None while there is no file.
     """
 
-    def __init__(self, dataset: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        dataset: dict[str, Any],
+        optional: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
         self._definition = dict(dataset)
         self._path = Path(self._definition["filepath"])
+        self._optional = optional
         self.metadata = metadata
 
     def _at(self, path: Path) -> AbstractDataset[Any, Any]:
@@ -35,6 +51,8 @@ class AtomicDataset(AbstractDataset[Any, Any]):
         return inner
 
     def load(self) -> Any:
+        if self._optional and not self._path.exists():
+            return None
         return self._at(self._path).load()
 
     def save(self, data: Any) -> None:
@@ -53,13 +71,22 @@ class AtomicDataset(AbstractDataset[Any, Any]):
 
 
 class TableDataset(AbstractDataset[Any, Any]):
-    """An Ibis (or Arrow) table as one parquet file; loads as an Ibis table."""
+    """An Ibis (or Arrow) table as one parquet file; loads as an Ibis table.
 
-    def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+    Args:
+        optional: loads as None while there is no file.
+    """
+
+    def __init__(
+        self, filepath: str, optional: bool = False, metadata: dict[str, Any] | None = None
+    ) -> None:
         self._path = Path(filepath)
+        self._optional = optional
         self.metadata = metadata
 
-    def load(self) -> Table:
+    def load(self) -> Table | None:
+        if self._optional and not self._path.exists():
+            return None
         return _connection().read_parquet(self._path)
 
     def save(self, data: Table | pa.Table) -> None:
@@ -95,6 +122,127 @@ class TablesDataset(AbstractDataset[Any, Any]):
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._path)}
+
+
+class SnapshotsDataset(AbstractDataset[Any, Any]):
+    """Tables by name, each a folder of parquet files that later runs add files to.
+
+    What is saved says for each table what to do: an `Update` adds its rows as one file, named by
+    its last step, or takes the place of the whole folder; None removes it; tables that are not
+    named stay as they are. Loads every table as all its files together.
+    """
+
+    def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._path = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> dict[str, Table]:
+        con = _connection()
+        tables = {path.name: sorted(path.glob("*.parquet")) for path in _folders(self._path)}
+        return {name: con.read_parquet(parts) for name, parts in tables.items() if parts}
+
+    def save(self, data: Mapping[str, Update | None]) -> None:
+        for name, update in data.items():
+            folder = self._path / name
+            if update is None:
+                _remove(folder)
+                continue
+            path = folder / file_name(update.until)
+            with files.replacing(folder if update.anew else path) as temporary:
+                if update.anew:
+                    temporary.mkdir()
+                    temporary /= path.name
+                _write(update.rows, temporary, lineage=update.lineage)
+
+    def _exists(self) -> bool:
+        return self._path.is_dir() and any(_folders(self._path))
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._path)}
+
+
+class CarryDataset(AbstractDataset[Any, Any]):
+    """What each feature view hands on to the next run, as one folder per view.
+
+    It is saved after the view's files, and records what they are. So a run that was killed leaves
+    either the old record, which the new files do not contradict, or the new one.
+
+    Args:
+        views, packed: folders of the two `SnapshotsDataset` that are recorded.
+    """
+
+    _STATE = "state.json"
+
+    def __init__(
+        self, filepath: str, views: str, packed: str, metadata: dict[str, Any] | None = None
+    ) -> None:
+        self._path = Path(filepath)
+        self._recorded = {"views": Path(views), "packed": Path(packed)}
+        self.metadata = metadata
+
+    def load(self) -> dict[str, Past]:
+        """What there is; nothing on the first run. A record that cannot be read is none."""
+        con = _connection()
+        past = {}
+        for folder in _folders(self._path):
+            try:
+                record = json.loads((folder / self._STATE).read_text(encoding="utf-8"))
+                state, written = State.model_validate(record["state"]), record["files"]
+            except (OSError, ValueError, KeyError):
+                continue
+            parts = {path.stem: path for path in sorted(folder.glob("*.parquet"))}
+            found = self._fingerprints(folder)
+            own = [name for name in {*written, *found} if name.startswith("carry/")]
+            intact = all(written.get(name) == found.get(name) for name in own)
+            tables = {n: con.read_parquet(p) for n, p in parts.items()} if intact else {}
+            past[folder.name] = Past(state, tables, written, found)
+        return past
+
+    def save(self, data: Mapping[str, Carry | None]) -> None:
+        for view, carry in data.items():
+            folder = self._path / view
+            if carry is None:
+                _remove(folder)
+                continue
+            with files.replacing(folder) as temporary:
+                temporary.mkdir()
+                for name, table in carry.parts.items():
+                    _write(table, temporary / f"{name}.parquet")
+                record = {
+                    "state": carry.state.model_dump(),
+                    "files": self._fingerprints(temporary),
+                }
+                files.write_json(temporary / self._STATE, record)
+
+    def _fingerprints(self, carried: Path) -> dict[str, str]:
+        """Of all files of a view, by ``<kind>/<name>``."""
+        folders = {
+            "carry": carried,
+            "views": self._recorded["views"] / carried.name,
+            "packed": self._recorded["packed"] / packed_name(carried.name),
+        }
+        return {
+            f"{kind}/{path.name}": _fingerprint(path)
+            for kind, folder in folders.items()
+            for path in sorted(folder.glob("*.parquet"))
+        }
+
+    def _exists(self) -> bool:
+        return self._path.is_dir()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._path)}
+
+
+class PastDataset(CarryDataset):
+    """What earlier runs of a node left for it: `CarryDataset`, as the input of who writes it.
+
+    Kedro knows no node that reads its own output, so this is an entry of its own on the same
+    folder. ``own_past`` says so to whoever asks whether a node's inputs have changed: such an
+    input changes with every run of the node, and is no reason for another.
+    """
+
+    own_past = True
 
 
 class RawDataset(TablesDataset):
@@ -156,17 +304,52 @@ def _connection() -> Any:
     import ibis
 
     con = ibis.get_backend()
-    con.raw_sql("SET TimeZone = 'UTC'")
-    con.raw_sql("SET preserve_insertion_order = true")
-    con.raw_sql("SET memory_limit = '4GB'")
+    settings = {
+        "TimeZone": "UTC",
+        "preserve_insertion_order": "true",
+        "memory_limit": "4GB",
+        "enable_progress_bar": "false",  # it would be drawn into the log
+    }
+    # Results are fetched, or the connection would take the next query for an interruption.
+    [(spill,)] = con.raw_sql("SELECT current_setting('temp_directory')").fetchall()
+    if spill == _BESIDE:  # and not in use yet, after which it cannot be changed
+        settings["temp_directory"] = str(Path(tempfile.gettempdir()) / f"fathom-{os.getpid()}")
+    for name, value in settings.items():
+        con.raw_sql(f"SET {name} = '{value}'").fetchall()
     return con
 
 
-def _write(table: Table | pa.Table, path: Path) -> None:
+def _write(table: Table | pa.Table, path: Path, **metadata: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if isinstance(table, pa.Table):
         pq.write_table(table, path, coerce_timestamps="us", compression="zstd")
     else:
-        table.to_parquet(path, compression="zstd")
+        table.to_parquet(
+            path, compression="zstd", **({"kv_metadata": metadata} if metadata else {})
+        )
+
+
+def _fingerprint(path: Path) -> str:
+    """Size of a parquet file, and the SHA-256 of its footer, which is cheap to read.
+
+    The footer holds the number of rows, and sizes and bounds of each column's pieces.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 8, 0))
+        length = int.from_bytes(file.read(4), "little") + 8
+        file.seek(max(size - length, 0))
+        return f"{size}:{hashlib.sha256(file.read()).hexdigest()}"
+
+
+def _folders(path: Path) -> list[Path]:
+    """Folders in a folder, but for what a killed writer left."""
+    found = path.iterdir() if path.is_dir() else []
+    return sorted(p for p in found if p.is_dir() and not p.name.startswith("."))
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        files.remove(folder)
