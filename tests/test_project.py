@@ -14,17 +14,19 @@ from typing import Any
 import pytest
 import yaml
 from kedro.config import OmegaConfigLoader
+from kedro.framework.cli.utils import find_run_command
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fathom
+from fathom.cli import run
 from fathom.settings import CONF_SOURCE, CONFIG_LOADER_ARGS
 from fathom.spec import FeatureSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Every environment by its path under conf. Whoever adds a deployment adds it here.
-ENVIRONMENTS = ["base", "movielens", "test"]
+ENVIRONMENTS = ["base", "movielens", "redis", "test"]
 
 #: Seconds each to import, so that a plain `kedro` command must do without them.
 HEAVY = ["evidently", "feast", "great_expectations", "sklearn", "torch"]
@@ -64,7 +66,7 @@ def project() -> dict[str, Any]:
 
 def test_every_environment_is_listed_here() -> None:
     assert environments() == ENVIRONMENTS
-    assert len(ENVIRONMENTS) == 3
+    assert len(ENVIRONMENTS) == 4
 
 
 @pytest.mark.parametrize("environment", environments())
@@ -132,6 +134,17 @@ def test_a_kedro_command_pays_for_no_heavy_library() -> None:
     )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() == "[]"
+
+
+def test_kedro_run_skips_what_is_up_to_date_unless_told_otherwise() -> None:
+    def runner(*arguments: str) -> str:
+        found: str = run.make_context("run", list(arguments)).params["runner"]
+        return found
+
+    assert runner() == "fathom.runner.UpToDateRunner"
+    assert runner("--env", "test", "--tags", "training") == "fathom.runner.UpToDateRunner"
+    assert runner("--runner", "SequentialRunner") == "SequentialRunner"
+    assert find_run_command("fathom") is run  # `python -m fathom` runs it, too
 
 
 def test_the_lock_pins_every_declared_dependency(project: dict[str, Any]) -> None:

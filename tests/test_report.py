@@ -155,6 +155,7 @@ SUMMARY: dict[str, Any] = {
     "bento_tag": "fathom:abc",
     "drift": {"retrain": False, "reasons": []},
     "seconds": {"ingestion": 10.4, "training": 61.6, "total": 200.0},
+    "unchanged": {"stages": [], "nodes": []},
     "peak_memory_mb": 4321,
 }
 
@@ -185,6 +186,18 @@ def test_a_closing_table_holds_the_figures():
     assert line("seconds").split(maxsplit=1)[1] == "200: ingestion 10, training 62"
     assert line("memory").split()[1:3] == ["4,321", "MB"]
     assert text.rstrip().endswith("drift       data/drift.html")
+
+
+@pytest.mark.parametrize(
+    ("stages", "line"),
+    [
+        (["ingestion"], "200: training 62; unchanged: ingestion"),
+        (["ingestion", "training"], "200: unchanged: ingestion, training"),
+    ],
+)
+def test_a_closing_table_says_what_had_not_to_run(stages, line):
+    text = closing_table(SUMMARY | {"unchanged": {"stages": stages, "nodes": []}}, {})
+    assert f"\nseconds     {line}\n" in text
 
 
 def test_columns_stand_below_their_names_however_long_a_model_is_called():

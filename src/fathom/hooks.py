@@ -11,6 +11,7 @@ from typing import Any
 from kedro.framework.hooks import hook_impl
 
 from fathom import files
+from fathom.runner import ALWAYS
 
 
 class RunSummary:
@@ -20,22 +21,23 @@ class RunSummary:
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = {}
         self._began: dict[str, float] = {}
         self._start = 0.0
 
     @hook_impl
     def before_pipeline_run(self) -> None:
         self._seconds.clear()
+        self._began.clear()
         self._start = time.perf_counter()
-
-    @hook_impl
-    def before_node_run(self, node: Any) -> None:
-        self._began[node.name] = time.perf_counter()
 
     @hook_impl
     def before_dataset_loaded(self, node: Any) -> None:
         """A node's time begins with its inputs (they are loaded before the node's own hook)."""
+        self._began.setdefault(node.name, time.perf_counter())
+
+    @hook_impl
+    def before_node_run(self, node: Any) -> None:
         self._began.setdefault(node.name, time.perf_counter())
 
     @hook_impl
@@ -48,8 +50,8 @@ class RunSummary:
 
     def _clock(self, node: Any) -> None:
         now = time.perf_counter()
-        stage = next(iter(sorted(node.tags)), node.name)
-        self._seconds[stage] += now - self._began.get(node.name, now)
+        took = now - self._began.get(node.name, now)
+        self._seconds[node.name] = self._seconds.get(node.name, 0.0) + took
         self._began[node.name] = now
 
     @hook_impl
@@ -63,11 +65,32 @@ class RunSummary:
         path = Path(catalog.load("params:run_summary"))
         summary: dict[str, Any] = {
             **catalog.load("run_figures"),
-            "seconds": {n: round(s, 1) for n, s in self._seconds.items()}
-            | {"total": round(total, 1)},
+            "seconds": self._by_stage(pipeline) | {"total": round(total, 1)},
+            "unchanged": self._unchanged(pipeline),
             "peak_memory_mb": peak_memory_mb(),
         }
         files.write_json(path, summary)
         pages = {"summary": str(path)} | catalog.load("params:pages")
         # On standard output, apart from the log: it is what the run answers.
         sys.stdout.write(closing_table(summary, pages))
+
+    def _by_stage(self, pipeline: Any) -> dict[str, float]:
+        seconds: dict[str, float] = defaultdict(float)
+        for node in pipeline.nodes:
+            seconds[_stage(node)] += self._seconds.get(node.name, 0.0)
+        return {stage: round(taken, 1) for stage, taken in seconds.items()}
+
+    def _unchanged(self, pipeline: Any) -> dict[str, list[str]]:
+        """Nodes that the runner had no reason to run, and stages of which no node had to."""
+        skipped = [node for node in pipeline.nodes if node.name not in self._seconds]
+        ran = [node for node in pipeline.nodes if node.name in self._seconds]
+        busy = {_stage(node) for node in ran if ALWAYS not in node.tags}
+        return {
+            "stages": sorted({_stage(node) for node in skipped} - busy),
+            "nodes": sorted(node.name for node in skipped),
+        }
+
+
+def _stage(node: Any) -> str:
+    """The pipeline that a node is tagged with."""
+    return next(iter(sorted(node.tags - {ALWAYS})), str(node.name))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from fathom.ranker import Ranker
+if TYPE_CHECKING:
+    from fathom.ranker import Ranker
 
 _BINARY = ("auc", "logloss", "user_auc", "ndcg_at_10", "calibration")
 _REGRESSION = ("rmse", "mae", "ndcg_at_10", "calibration")
@@ -119,8 +120,6 @@ def closing_table(summary: Mapping[str, Any], pages: Mapping[str, str]) -> str:
         lines.append(name.ljust(width) + cells)
     gate, drift = summary["gate"], summary["drift"]
     failed = [reason for reason in gate["reasons"] if not reason.startswith("pass")]
-    seconds = summary["seconds"]
-    stages = ", ".join(f"{stage} {took:.0f}" for stage, took in seconds.items() if stage != "total")
     lines += [
         "",
         f"version     {summary['version']} ({summary['model']}, seed {summary['seed']}), "
@@ -128,13 +127,22 @@ def closing_table(summary: Mapping[str, Any], pages: Mapping[str, str]) -> str:
         f"gate        {'promoted' if gate['promoted'] else 'not promoted: ' + '; '.join(failed)}",
         f"drift       {'retrain' if drift['retrain'] else 'no retraining'}"
         + (f": {'; '.join(drift['reasons'])}" if drift["reasons"] else ""),
-        f"seconds     {seconds['total']:.0f}: {stages}",
+        f"seconds     {_times(summary['seconds'], summary['unchanged']['stages'])}",
         f"memory      {summary['peak_memory_mb']:,} MB at the peak",
         "",
         *(f"{name.ljust(11)} {path}" for name, path in pages.items()),
         "",
     ]
     return "\n".join(lines)
+
+
+def _times(seconds: Mapping[str, float], unchanged: Sequence[str]) -> str:
+    """The total, each stage that had to run, and those that had not."""
+    ran = [s for s in seconds if s != "total" and s not in unchanged]
+    parts = [", ".join(f"{stage} {seconds[stage]:.0f}" for stage in ran)] if ran else []
+    if unchanged:
+        parts.append(f"unchanged: {', '.join(s for s in seconds if s in unchanged)}")
+    return f"{seconds['total']:.0f}: {'; '.join(parts)}"
 
 
 def _names(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

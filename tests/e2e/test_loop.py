@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kedro.framework.project import configure_project, pipelines
 
 from fathom.ranker import TOLERANCE, Ranker
 from fathom.registry import Registry
+from fathom.runner import ALWAYS
+from projects import Project
 
 pytestmark = pytest.mark.e2e
+
+configure_project("fathom")
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +103,63 @@ def test_the_champion_scores_alone_what_was_scored_in_training(run):
     assert project.json("06_models/bento.json")["dry_run"]["max_difference"] <= TOLERANCE
 
 
-def test_a_second_run_ends_with_the_same_version(run, summary):
-    project, _ = run
-    done = project.kedro("run", "--env", "test", check=False)
+def _again(project, *arguments: str) -> tuple[dict, set[str]]:
+    """The figures of one more run, and the nodes that it did not have to run."""
+    done = project.kedro("run", "--env", "test", *arguments, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    again = project.json("08_reporting/run_summary.json")
-    assert again["version"] == summary["version"]
-    assert again["data_hash"] == summary["data_hash"]
-    assert again["gate"]["promoted"]
-    assert "already champion" in again["gate"]["reasons"][0]
-    candidate = again["metrics"]["candidate"]
-    assert candidate == summary["metrics"]["candidate"]
-    assert again["metrics"][f"champion {summary['version']}"] == candidate
+    summary = project.json("08_reporting/run_summary.json")
+    return _figures(summary), set(summary["unchanged"]["nodes"])
+
+
+def _figures(summary) -> dict:
+    times = ("seconds", "unchanged", "peak_memory_mb")
+    return {name: value for name, value in summary.items() if name not in times}
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(run, summary):
+    nodes = {node.name for node in pipelines["__default__"].nodes if ALWAYS not in node.tags}
+    assert summary["unchanged"] == {"stages": [], "nodes": []}
+    assert _again(run[0]) == (_figures(summary), nodes)
+
+
+def test_a_second_full_run_ends_with_the_same_version_and_figures(run, summary):
+    assert _again(run[0], "--runner", "SequentialRunner") == (_figures(summary), set())
+    figures, unchanged = _again(run[0])
+    assert figures == _figures(summary)
+    # What it left are the same bytes, but for reports that tell the time.
+    assert {"read_source", "summarise_logs", "train_candidate", "package"} - unchanged == set()
+
+
+@pytest.fixture(scope="module")
+def another(run, tmp_path_factory):
+    """A copy of the project after its run, to change: a finished project may be moved."""
+    project = Project(tmp_path_factory.mktemp("another") / "project")
+    shutil.copytree(run[0].folder, project.folder)
+    return project
+
+
+def test_a_week_that_is_added_trains_and_packs_nothing_anew(another, summary):
+    """Its exposures belong to the test window."""
+    untouched = {"train_candidate", "plot_training", "package"}
+    fewer, unchanged = _again(another, "--params", "source.last_week=52")
+    assert fewer["sizes"]["test"] < summary["sizes"]["test"]
+    assert fewer["sizes"]["train"] == summary["sizes"]["train"]
+    assert fewer["version"] == summary["version"]
+    assert fewer["data_hash"] != summary["data_hash"]
+    assert untouched - unchanged == set()
+    added, unchanged = _again(another)
+    assert added == _figures(summary)
+    assert untouched - unchanged == set()
+
+
+def test_another_model_is_trained_on_what_is_there(another, summary):
+    figures, unchanged = _again(another, "--params", "training.model=deep")
+    before = {"read_source", "accept", "summarise_logs", "read_training_frame", "encode_splits"}
+    assert (before | {"fit_baselines"}) - unchanged == set()
+    assert not {"train_candidate", "score_champion", "judge", "watch"} & unchanged
+    assert figures["version"] != summary["version"]
+    assert f"champion {summary['version']}" in figures["metrics"]
+    assert _again(another, "--params", "training.model=deep")[0] == figures
 
 
 def test_commands_show_and_guard_the_champion(run, summary):

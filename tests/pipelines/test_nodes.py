@@ -7,8 +7,13 @@ import sys
 from typing import get_type_hints
 
 import pytest
+from kedro.config import OmegaConfigLoader
 from kedro.framework.project import configure_project, pipelines
 from kedro.validation.utils import is_pydantic_class
+
+from fathom.pipeline_registry import APART
+from fathom.runner import ALWAYS, STAMPS
+from fathom.settings import CONF_SOURCE, CONFIG_LOADER_ARGS
 
 configure_project("fathom")
 NODES = {node.name: node for node in pipelines["__default__"].nodes}
@@ -19,7 +24,8 @@ PLAIN = {"params:registry", "params:data_docs"}
 
 def test_the_default_pipeline_is_the_sum_of_the_others():
     stages = {name: pipeline for name, pipeline in pipelines.items() if name != "__default__"}
-    assert len(NODES) == sum(len(pipeline.nodes) for pipeline in stages.values())
+    summed = [stage for name, stage in stages.items() if name not in APART]
+    assert len(NODES) == sum(len(stage.nodes) for stage in summed)
     assert sorted(stages) == [
         "evaluation",
         "feature_store",
@@ -27,6 +33,7 @@ def test_the_default_pipeline_is_the_sum_of_the_others():
         "ingestion",
         "monitoring",
         "release",
+        "replay",
         "reporting",
         "training",
         "validation",
@@ -47,8 +54,23 @@ def test_parameters_arrive_validated(name):
 
 @pytest.mark.parametrize("name", sorted(NODES))
 def test_every_node_is_tagged_with_its_stage(name):
-    (tag,) = NODES[name].tags
+    (tag,) = NODES[name].tags - {ALWAYS}
     assert NODES[name] in pipelines[tag].nodes
+
+
+@pytest.mark.parametrize("environment", ["base", "test", "movielens"])
+def test_every_node_can_be_skipped(root, environment):
+    """Everything between nodes is in files, and there is a place for the runner's stamps."""
+    conf = OmegaConfigLoader(str(root / CONF_SOURCE), env=environment, **CONFIG_LOADER_ARGS)
+    datasets = {name for name in pipelines["__default__"].datasets() if "params:" not in name}
+    assert sorted(datasets - conf["catalog"].keys()) == []
+    assert STAMPS in conf["catalog"]
+    assert all(node.outputs for node in NODES.values())
+
+
+def test_the_runners_stamps_go_with_make_clean(root):
+    conf = OmegaConfigLoader(str(root / CONF_SOURCE), env="base", **CONFIG_LOADER_ARGS)
+    assert conf["catalog"][STAMPS]["dataset"]["filepath"].startswith("data/08_reporting/")
 
 
 def test_listing_pipelines_imports_nothing_heavy():

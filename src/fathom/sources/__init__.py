@@ -1,8 +1,8 @@
 """Sources: one short module per data set, raw files in, canonical tables out.
 
-A new data set is one module with a settings class, whose ``type`` names it and whose ``read()``
-gives `CanonicalTables`, and one line in `SourceConfig`. Where plain tables will do, `tables` needs
-neither.
+A new data set is one module with a settings class, whose ``type`` names it, whose ``read()`` gives
+`CanonicalTables` and whose ``files()`` says what it reads, and one line in `SourceConfig`. Where
+plain tables will do, `tables` needs neither.
 """
 
 from __future__ import annotations
@@ -11,12 +11,21 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, RootModel
 
+from fathom import files
 from fathom.sources.canonical import PARTITION, UNREADABLE, CanonicalTables, SourceError
 from fathom.sources.complete_journey import CompleteJourney
 from fathom.sources.movielens import MovieLens
 from fathom.sources.tables import Tables
 
-__all__ = ["PARTITION", "UNREADABLE", "CanonicalTables", "SourceConfig", "SourceError", "read"]
+__all__ = [
+    "PARTITION",
+    "UNREADABLE",
+    "CanonicalTables",
+    "SourceConfig",
+    "SourceError",
+    "fingerprint",
+    "read",
+]
 
 
 class SourceConfig(
@@ -39,3 +48,8 @@ def read(config: SourceConfig) -> CanonicalTables:
         SourceError: what is missing or unreadable, all of it together.
     """
     return config.root.read()
+
+
+def fingerprint(config: SourceConfig) -> dict[str, str]:
+    """SHA-256 of every file that `read` reads, by path; without those that are missing."""
+    return {str(path): files.sha256(path) for path in config.root.files()}

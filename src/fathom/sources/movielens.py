@@ -72,6 +72,11 @@ class MovieLens(Settings):
     path: str = Field(min_length=1)
     positive_from: float | None = Field(default=4, ge=1, le=5)
 
+    def files(self) -> list[Path]:
+        """The files that there are to read; `read` names those that are missing."""
+        paths = [Path(self.path) / file.name for layout in _LAYOUTS for file in layout]
+        return [path for path in paths if path.is_file()]
+
     def read(self) -> CanonicalTables:
         """Read the three files.
 

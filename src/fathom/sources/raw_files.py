@@ -82,7 +82,7 @@ def load(
     """
     import duckdb
 
-    files = _files(raw, name, faults)
+    files = find(raw, name, faults)
     if not files:
         return None
     formats = {raw.format or _format(file) for file in files}
@@ -104,7 +104,8 @@ def load(
     return None if job.faults else connection.table(f"raw_{name}")
 
 
-def _files(raw: RawTable, name: str, faults: list[str]) -> list[Path]:
+def find(raw: RawTable, name: str, faults: list[str]) -> list[Path]:
+    """The files of one table, in reading order; none is a fault, which is added to ``faults``."""
     path = Path(raw.path)
     if path.is_dir():
         inside = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))

@@ -7,6 +7,7 @@ one raw table into one canonical table each; other sources build on them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -21,7 +22,7 @@ from fathom.sources.canonical import (
     connect,
     store,
 )
-from fathom.sources.raw_files import UNREADABLE_LINE, RawTable, load
+from fathom.sources.raw_files import UNREADABLE_LINE, RawTable, find, load
 from fathom.sources.sampling import draw
 from fathom.sources.times import Timestamp, instant, written
 from fathom.spec import ARRIVAL_TIMESTAMP, EVENT_TIMESTAMP, INCLUSION_PROBABILITY, Name
@@ -175,6 +176,10 @@ class Tables(Settings):
         """The tables that have files, by canonical name."""
         names = ("exposures", "interactions", "users", "items")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def files(self) -> list[Path]:
+        """The files that there are to read; `read` names those that are missing."""
+        return [path for name, table in self.raw_tables().items() for path in find(table, name, [])]
 
     def read(self) -> CanonicalTables:
         """Read all tables; rows keep the order of the files.

@@ -77,32 +77,50 @@ def fit_baselines(
     return pa.table({name: pa.array(values) for name, values in predicted.items()})
 
 
+def look_up_champion(candidate_version: str, registry: str) -> dict[str, str | None]:
+    """Find whom the candidate challenges: the champion, or whom it has itself replaced.
+
+    So a run that is repeated after a promotion compares the same two once more, and not the new
+    champion with itself.
+    """
+    from fathom.registry import Registry
+
+    others = [v for v in Registry(Path(registry)).champions() if v != candidate_version]
+    return {"version": others[-1] if others else None}
+
+
 def score_champion(
-    training_frame: Table, predictions: Table, spec: FeatureSpec, split: SplitConfig, registry: str
+    training_frame: Table,
+    champion: dict[str, str | None],
+    spec: FeatureSpec,
+    split: SplitConfig,
+    registry: str,
 ) -> ArrowTable:
-    """Score the test split with the current champion.
+    """Score the test split with the champion that the candidate challenges.
 
     Returns:
-        One column named by the champion's version; no column if there is no champion, or if it
-        reads columns that this spec no longer has (which the log says).
+        Its ``version`` and its ``probability`` for each row; no row if there is no champion, or
+        if it reads columns that this spec no longer has (which the log says).
     """
     import pyarrow as pa
 
     from fathom.feature_store import frame_of
     from fathom.registry import Registry
 
-    versions = Registry(Path(registry))
-    version = versions.champion()
-    if version is None:
-        return pa.table({})
-    champion = versions.load(version)
-    absent = [c.name for c in champion.spec.columns if c.name not in training_frame.columns]
-    if absent or champion.spec.label != spec.label:
-        log.warning("champion %s cannot score this frame: it reads %s", version, absent)
-        return pa.table({})
-    columns = dict.fromkeys([spec.label.name, *(c.name for c in champion.spec.columns)])
-    test = between(training_frame, split, "test").select(*columns).to_pyarrow()
-    return pa.table({version: pa.array(champion.score(frame_of(test)))})
+    version = champion["version"]
+    scores = np.array([], np.float64)
+    if version is not None:
+        ranker = Registry(Path(registry)).load(version)
+        absent = [c.name for c in ranker.spec.columns if c.name not in training_frame.columns]
+        if absent or ranker.spec.label != spec.label:
+            log.warning("champion %s cannot score this frame: it reads %s", version, absent)
+        else:
+            columns = dict.fromkeys([spec.label.name, *(c.name for c in ranker.spec.columns)])
+            test = between(training_frame, split, "test").select(*columns).to_pyarrow()
+            scores = ranker.score(frame_of(test))
+    return pa.table(
+        {"version": pa.array([version] * len(scores), pa.string()), "probability": scores}
+    )
 
 
 def evaluate(
@@ -123,7 +141,9 @@ def evaluate(
 
     test = _test_predictions(predictions, spec)
     measured = {"candidate": evaluation.metrics(test)}
-    others = {**_scores(champion_predictions, "champion "), **_scores(baseline_predictions, "")}
+    others = {f"champion {name}": s for name, s in _champion(champion_predictions).items()}
+    baselines = baseline_predictions.to_pyarrow()
+    others |= {name: baselines[name].to_numpy() for name in baselines.column_names}
     for name, scores in others.items():
         measured[name] = evaluation.metrics(dataclasses.replace(test, probability=scores))
     found = evaluation.slices(test, _masks(training_frame, spec, split), config.min_slice_rows)
@@ -150,7 +170,7 @@ def judge(
 
     test = _test_predictions(predictions, spec)
     champion = None
-    for version, scores in _scores(champion_predictions, "").items():
+    for version, scores in _champion(champion_predictions).items():
         old = dataclasses.replace(test, probability=scores)
         champion = evaluation.Candidate(version, old)
     verdict = evaluation.gate(
@@ -243,10 +263,10 @@ def _test_predictions(predictions: Table, spec: FeatureSpec) -> Predictions:
     )
 
 
-def _scores(table: Table, prefix: str) -> dict[str, Any]:
-    """Predictions by name, of a table that was saved (Ibis) or only handed on (Arrow)."""
-    read = table.to_pyarrow() if hasattr(table, "to_pyarrow") else table
-    return {prefix + name: read[name].to_numpy() for name in read.column_names}
+def _champion(champion_predictions: Table) -> dict[str, Any]:
+    """The champion's predictions by its version; empty if there are none."""
+    read = champion_predictions.to_pyarrow()
+    return {read["version"][0].as_py(): read["probability"].to_numpy()} if len(read) else {}
 
 
 def _masks(training_frame: Table, spec: FeatureSpec, split: SplitConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from fathom.pipelines.evaluation.nodes import (
     evaluate,
     fit_baselines,
     judge,
+    look_up_champion,
     plot_calibration,
     score_champion,
     score_splits,
@@ -37,11 +38,18 @@ def create_pipeline() -> Pipeline:
                 tags="evaluation",
             ),
             Node(
+                look_up_champion,
+                name="look_up_champion",
+                inputs=["candidate_version", "params:registry"],
+                outputs="champion",
+                tags=["evaluation", "always"],
+            ),
+            Node(
                 score_champion,
                 name="score_champion",
                 inputs=[
                     "training_frame",
-                    "predictions",
+                    "champion",
                     "params:features",
                     "params:split",
                     "params:registry",

@@ -14,8 +14,20 @@ else:
 Partitions = dict[str, Table]
 
 
-def read_source(source: SourceConfig) -> tuple[Partitions, Partitions, Partitions, Partitions]:
+def fingerprint_source(source: SourceConfig) -> dict[str, str]:
+    """SHA-256 of every file of the configured source, by path."""
+    from fathom import sources
+
+    return sources.fingerprint(source)
+
+
+def read_source(
+    source: SourceConfig, source_files: dict[str, str]
+) -> tuple[Partitions, Partitions, Partitions, Partitions]:
     """Read the configured source.
+
+    Args:
+        source_files: what there is to read; a change of it is a reason to read again.
 
     Returns:
         Partitions of exposures and interactions (none if the source has none), users and items.

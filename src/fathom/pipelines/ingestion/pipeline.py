@@ -2,7 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from fathom.pipelines.ingestion.nodes import read_source
+from fathom.pipelines.ingestion.nodes import fingerprint_source, read_source
 
 
 def create_pipeline() -> Pipeline:
@@ -10,11 +10,18 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(
+                fingerprint_source,
+                name="fingerprint_source",
+                inputs="params:source",
+                outputs="source_files",
+                tags=["ingestion", "always"],
+            ),
+            Node(
                 read_source,
                 name="read_source",
-                inputs="params:source",
+                inputs=["params:source", "source_files"],
                 outputs=["raw_exposures", "raw_interactions", "raw_users", "raw_items"],
                 tags="ingestion",
-            )
+            ),
         ]
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fathom.config import SplitConfig, TrainingConfig
 from fathom.pipelines.splits import between
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from fathom.ranker import Ranker
 else:
     Table = Batch = Encoder = Ranker = Any
+
+#: What is kept of each epoch. No times: the same training leaves the same bytes.
+_CURVES = ("epoch", "train_loss", "validation_loss", "wide_zero_share")
 
 
 def encode_splits(
@@ -47,12 +52,11 @@ def train_candidate(
     validation_batch: Batch,
     training: TrainingConfig,
     split: SplitConfig,
-    data_hash: str,
-) -> tuple[Ranker, list[dict[str, Any]]]:
+) -> tuple[Ranker, str, list[dict[str, Any]]]:
     """Train a model jointly.
 
     Returns:
-        The candidate ranker, and what each epoch gave.
+        The candidate ranker, its version, and what each epoch gave.
     """
     import fathom
     from fathom.hardware import hardware
@@ -62,7 +66,7 @@ def train_candidate(
     trained = train(encoder.layout, train_batch, validation_batch, training, encoder.spec.task)
     provenance = {
         "seed": training.seed,
-        "data_hash": data_hash,
+        "data_hash": _data_hash(train_batch, validation_batch),
         "code_version": fathom.__version__,
         "hardware": hardware(),
         "trained_from": split.train_from,
@@ -73,7 +77,22 @@ def train_candidate(
         "wide_zero_share": trained.history[trained.best_epoch - 1].wide_zero_share,
     }
     ranker = Ranker(encoder, trained.model, training, provenance)
-    return ranker, [dataclasses.asdict(epoch) for epoch in trained.history]
+    curves = [{name: getattr(epoch, name) for name in _CURVES} for epoch in trained.history]
+    return ranker, ranker.version, curves
+
+
+def _data_hash(*batches: Batch) -> str:
+    """SHA-256 of all that a model was trained on and stopped by; of nothing that came later."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        bags = (*batch.deep_bags, *batch.wide_bags)
+        arrays: list[Any] = [batch.numeric, batch.deep_ids, batch.wide_ids]
+        arrays += [batch.label, batch.weight]
+        arrays += [array for bag in bags for array in (bag.values, bag.offsets)]
+        for array in arrays:
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def plot_training(training_curves: list[dict[str, Any]]) -> Any:

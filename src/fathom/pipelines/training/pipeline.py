@@ -25,9 +25,8 @@ def create_pipeline() -> Pipeline:
                     "validation_batch",
                     "params:training",
                     "params:split",
-                    "data_hash",
                 ],
-                outputs=["candidate", "training_curves"],
+                outputs=["candidate", "candidate_version", "training_curves"],
                 tags="training",
             ),
             Node(

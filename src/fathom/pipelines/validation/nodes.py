@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fathom.spec import ARRIVAL_TIMESTAMP, EVENT_TIMESTAMP, FeatureSpec
-from fathom.validation import Validated, ValidationConfig
+from fathom.validation import TableReport, Validated, ValidationConfig
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
@@ -25,7 +26,7 @@ def validate_raw(
     spec: FeatureSpec,
     config: ValidationConfig,
     data_docs: str,
-) -> tuple[dict[str, Validated], Tables, list[dict[str, Any]], str]:
+) -> tuple[Tables, Tables, list[dict[str, Any]], str, dict[str, Any]]:
     """Take every raw table apart into clean and quarantined rows, and say why.
 
     Args:
@@ -33,7 +34,8 @@ def validate_raw(
         data_docs: folder for Great Expectations' own pages.
 
     Returns:
-        Validated tables by name; quarantined rows; reports as JSON and as one HTML page.
+        Clean rows; quarantined rows; reports as JSON and as one HTML page; the receipt for the
+        data docs, which holds until a row that is from the future no longer is.
     """
     from fathom import validation
 
@@ -51,17 +53,24 @@ def validate_raw(
     reports = [table.report for table in validated.values()]
     validation.write_data_docs(reports, Path(data_docs))
     return (
-        validated,
+        {name: table.clean for name, table in validated.items()},
         {name: table.quarantine for name, table in validated.items()},
         [report.as_dict() for report in reports],
         validation.render_html(reports),
+        {"covers": [data_docs], "expires": _expiry(validated, config)},
     )
 
 
 def accept(
-    validated: dict[str, Validated], spec: FeatureSpec, config: ValidationConfig
+    validated: Tables,
+    validation_report: list[dict[str, Any]],
+    spec: FeatureSpec,
+    config: ValidationConfig,
 ) -> tuple[Table, Table, Table, Table, str]:
     """Hand the clean rows on, if enough of them are.
+
+    Args:
+        validated: clean rows by table. validation_report: what was found in the same tables.
 
     Returns:
         Clean exposures, interactions, users and items, and the SHA-256 of all of them.
@@ -71,8 +80,8 @@ def accept(
     """
     from fathom import validation
 
-    validation.require_healthy([table.report for table in validated.values()], config)
-    clean = {name: table.clean.cache() for name, table in validated.items()}
+    validation.require_healthy([_report(found) for found in validation_report], config)
+    clean = dict(validated)
     if "interactions" not in clean:
         clean["interactions"] = _positives(clean["exposures"], spec)
     digest = hashlib.sha256()
@@ -81,6 +90,31 @@ def accept(
             digest.update(batch.serialize())
     tables = (clean[name] for name in ("exposures", "interactions", "users", "items"))
     return (*tables, digest.hexdigest())
+
+
+def _expiry(validated: dict[str, Validated], config: ValidationConfig) -> str | None:
+    """When a row that is from the future arrives in the present; None if there is none."""
+    if config.now is not None:
+        return None
+    moments = []
+    for table in validated.values():
+        for column in (EVENT_TIMESTAMP, ARRIVAL_TIMESTAMP):
+            reason = f"{column} is in the future"
+            if reason in table.report.rows["reasons"]:
+                rows = table.quarantine.filter(table.quarantine["reasons"].contains(reason))
+                first = rows[column].try_cast("timestamp('UTC', 6)").min()
+                moments.append(first.to_pyarrow().as_py())
+    tolerance = timedelta(seconds=config.future_tolerance_seconds)
+    return (min(moments) - tolerance).isoformat() if moments else None
+
+
+def _report(found: dict[str, Any]) -> TableReport:
+    """A report as it was before it was saved as JSON."""
+    from fathom.validation import ExpectationReport, PartitionRows
+
+    partitions = tuple(PartitionRows(**partition) for partition in found["partitions"])
+    expectations = tuple(ExpectationReport(**each) for each in found["expectations"])
+    return TableReport(**found | {"partitions": partitions, "expectations": expectations})
 
 
 def _positives(exposures: Table, spec: FeatureSpec) -> Table:
