@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +21,12 @@ from hypothesis import strategies as st
 import small_store
 from fathom.batch import Ragged
 from fathom.encoding import fit_encoder
-from fathom.feature_store import frame_of
-from fathom.online import KeyedTable, OnlineFeatures
-from small_store import COLUMNS, DAY, ITEMS, SPEC, START, USERS, a_spec, a_table
+from fathom.feature_store import FeatureRepo, frame_of
+from fathom.lookup import Codes
+from fathom.online import OnlineFeatures, user_views
+from fathom.online_tables import KeyedTable
+from fathom.spec import FeatureSpec
+from small_store import COLUMNS, DAY, ITEMS, SPEC, START, USERS, a_spec, a_table, aggregate
 
 Request = tuple[str, dict[str, Any], list[dict[str, Any]], datetime]
 
@@ -37,12 +43,13 @@ def online(store: small_store.Store) -> OnlineFeatures:
     return OnlineFeatures.open(store.repo, SPEC)
 
 
-def requests(store: small_store.Store) -> list[Request]:
+def requests(store: small_store.Store, later: timedelta = timedelta(0)) -> list[Request]:
     """One of every user, known or not, after the newest boundary, with candidates of all kinds."""
     random = np.random.default_rng(2)
     made = []
     for user in range(USERS + 1):
-        moment = store.until + timedelta(microseconds=int(random.integers(86_400_000_000)))
+        within = timedelta(microseconds=int(random.integers(86_400_000_000)))
+        moment = store.until + later + within
         context = {
             "shop": ["north", "south", "new", None][user % 4],
             "discount": [0.1, None][user % 2],
@@ -60,14 +67,18 @@ def requests(store: small_store.Store) -> list[Request]:
 @pytest.fixture(scope="module")
 def trained(store: small_store.Store) -> list[dict[str, Any]]:
     """The same candidates as rows of a training frame, request by request."""
+    return offline(store, requests(store))
+
+
+def offline(store: small_store.Store, made: list[Request]) -> list[dict[str, Any]]:
     rows = [
         {"request_id": "r", "user_id": user, "event_timestamp": moment} | context | candidate
-        for user, context, candidates, moment in requests(store)
+        for user, context, candidates, moment in made
         for candidate in candidates
     ]
     names = ("request_id", "user_id", "item_id", "event_timestamp")
     spine = a_table(rows, *names, "shop", "slot", "discount", "searches")
-    frame = store.repo.training_frame(spine, SPEC)
+    frame = store.repo.training_frame(spine, store.spec)
     return [frame_of(frame.slice(k, ITEMS + 2)) for k in range(0, len(rows), ITEMS + 2)]
 
 
@@ -233,20 +244,21 @@ def test_a_spec_without_attributes_knows_items_by_their_past(tmp_path: Path):
     assert known.user is False  # nothing of users is kept
 
 
-def test_a_user_is_served_from_one_read(store: small_store.Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_user_is_served_from_one_read_of_each_view(
+    store: small_store.Store, online: OnlineFeatures, monkeypatch: pytest.MonkeyPatch
+):
     """The cost of an online read grows with rows, so a request reads one, whatever it ranks."""
-    feast, read = store.repo.open(), []
-    genuine = feast.get_online_features
+    read: list[tuple[str, int]] = []
+    provider = online._rows._provider
+    genuine = provider.online_read
 
-    def counted(**arguments: Any) -> Any:
-        read.append(arguments["entity_rows"])
-        return genuine(**arguments)
+    def counted(config: Any, view: Any, keys: list[Any], fields: list[str]) -> Any:
+        read.append((view.name, len(keys)))
+        return genuine(config, view, keys, fields)
 
-    monkeypatch.setattr(feast, "get_online_features", counted)
-    opened = OnlineFeatures.open(store.repo, SPEC)
-    online = OnlineFeatures(feast, SPEC, opened._tables)
+    monkeypatch.setattr(provider, "online_read", counted)
     online.frame("u3", {}, [{"item_id": f"i{k % ITEMS}"} for k in range(200)], store.until)
-    assert read == [[{"user_id": "u3"}]]
+    assert sorted(read) == sorted((view, 1) for view in user_views(SPEC))
 
 
 def test_a_column_named_in_the_request_cannot_replace_a_feature(
@@ -259,69 +271,277 @@ def test_a_column_named_in_the_request_cannot_replace_a_feature(
     assert_equal_frames(forged, honest)
 
 
+# -- ages ----------------------------------------------------------------------------------------
+
+#: Of attributes, of views by user, by item, by context, by attributes, and of packed ones.
+AGES = {
+    "users": 45.0,
+    "items": 30.0,
+    "user_id_interactions": 2.5,
+    "user_id_exposures": 1.0,
+    "user_id_item_id_interactions": 5.0,
+    "user_id_shop_genre_interactions": 4.0,
+    "item_id_interactions": 3.0,
+    "shop_interactions": 2.0,
+    "slot_item_id_exposures": 6.0,
+    "tier_interactions": 9.0,
+}
+
+
+@pytest.fixture(scope="module")
+def aged(tmp_path_factory: pytest.TempPathFactory) -> tuple[small_store.Store, OnlineFeatures]:
+    spec = FeatureSpec.model_validate(SPEC.model_dump(mode="json") | {"max_age_days": AGES})
+    made = small_store.ready(tmp_path_factory.mktemp("aged"), spec)
+    return made, OnlineFeatures.open(made.repo, spec)
+
+
+def test_what_is_too_old_is_missing_as_in_training(
+    aged: tuple[small_store.Store, OnlineFeatures],
+):
+    store, online = aged
+    counts = []
+    for days in (0, 2, 4, 8, 60):
+        made = requests(store, timedelta(days=days))
+        expired = 0
+        for request, expected in zip(made, offline(store, made), strict=True):
+            found, known = online.frame(*request)
+            assert_equal_frames(found, expected)
+            expired += known.expired
+        counts.append(expired)
+    assert 0 < counts[0] < max(counts)
+
+
+def test_a_row_may_be_as_old_as_its_view_allows_and_no_older(
+    aged: tuple[small_store.Store, OnlineFeatures],
+):
+    """Attributes are stamped a day before the start, but for the item that changed later."""
+    _, online = aged
+    edge = START - DAY + timedelta(days=AGES["items"])
+    for late, kept in ((timedelta(0), True), (timedelta(microseconds=1), False)):
+        candidates = [{"item_id": "i1"}, {"item_id": "i0"}]
+        found, known = online.frame("nobody", {}, candidates, edge + late)
+        assert [genre is not None for genre in found["genre"]] == [kept, True]
+        # What is looked up by an attribute that is missing is missing, too.
+        assert (found["genre_acts"][0] > 0) == kept
+        assert known.items.all()  # the store has met it all the same
+    edge = START - DAY + timedelta(days=AGES["users"])
+    for late, kept in ((timedelta(0), True), (timedelta(microseconds=1), False)):
+        found, known = online.frame("u0", {}, [{"item_id": "i1"}], edge + late)
+        assert (found["tier"][0] is not None) == kept
+        assert known.user
+
+
+def test_nothing_expires_without_an_age(store: small_store.Store, online: OnlineFeatures):
+    far = store.until + timedelta(days=9000)
+    found, known = online.frame("u1", {}, [{"item_id": "i1"}], far)
+    assert known.expired == 0
+    assert found["genre"][0] is not None
+
+
+# -- when the online store is down ---------------------------------------------------------------
+
+
+def test_without_the_online_store_a_known_user_is_ranked_as_an_unknown_one(
+    store: small_store.Store, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fathom.user_rows.RETRY_SECONDS", 0.02)
+    online = OnlineFeatures.open(store.repo, SPEC)
+    _, context, candidates, moment = requests(store)[2]
+    stranger, _ = online.frame("nobody", context, candidates, moment)
+    expected, known = online.frame("u2", context, candidates, moment)
+    assert (known.user, known.degraded, online.degraded) == (True, False, False)
+
+    with monkeypatch.context() as stopped:
+
+        def refuse(*_: Any) -> None:
+            raise ConnectionError("connection refused")
+
+        stopped.setattr(online._rows._provider, "online_read", refuse)
+        for _ in range(3):
+            found, known = online.frame("u2", context, candidates, moment)
+            assert (known.user, known.degraded, online.degraded) == (False, True, True)
+            assert known.items.sum() == ITEMS
+            assert known.user_as_of == known.tables_as_of == store.until
+            assert_equal_frames(found, stranger | {"user_id": found["user_id"]})
+            assert set(found["user_id"]) == {"u2"}
+
+    deadline = time.monotonic() + 10
+    while online.degraded:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    found, known = online.frame("u2", context, candidates, moment)
+    assert (known.user, known.degraded) == (True, False)
+    assert_equal_frames(found, expected)
+    online.close()
+
+
+# -- newer tables --------------------------------------------------------------------------------
+
+
+def known_before(tables: Mapping[str, pa.Table], moment: datetime) -> dict[str, pa.Table]:
+    """The tables as a deployment has them at a moment: what has happened and arrived by then."""
+    cut = {}
+    for name, table in tables.items():
+        limit = pa.scalar(moment, small_store.STAMP)
+        known = pc.less(table["event_timestamp"], limit)
+        if "arrival_timestamp" in table.column_names:
+            arrived = pc.fill_null(pc.less(table["arrival_timestamp"], limit), True)
+            known = pc.and_(known, arrived)
+        cut[name] = table.filter(known)
+    return cut
+
+
+@pytest.fixture(scope="module")
+def growing(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[small_store.Store, small_store.Store]:
+    """Two states of one deployment, a week apart, each in a folder of its own."""
+    folder = tmp_path_factory.mktemp("growing")
+    tables = small_store.generated()
+    week = known_before(tables, START + timedelta(days=29))
+    made = []
+    for name, held in (("earlier", week), ("later", tables)):
+        written = small_store.written(folder / name, SPEC, held)
+        written.repo.apply(SPEC)
+        written.repo.materialise(SPEC, written.until)
+        made.append(written)
+    return made[0], made[1]
+
+
+def test_newer_features_of_items_are_loaded_when_there_are_any(tmp_path: Path):
+    tables = small_store.generated()
+    before = small_store.written(tmp_path, SPEC, known_before(tables, START + timedelta(days=29)))
+    before.repo.apply(SPEC)
+    before.repo.materialise(SPEC, before.until)
+    online = OnlineFeatures.open(before.repo, SPEC)
+    assert not online.refresh()
+    assert online.tables_as_of == before.until
+
+    after = small_store.written(tmp_path, SPEC, tables)
+    assert after.until > before.until
+    # Sources are there before the online store has their rows: tables wait for those.
+    online.refresh()
+    assert online.tables_as_of == before.until
+    after.repo.materialise(SPEC, after.until)
+    _, known = online.frame("u1", {}, [{"item_id": "i1"}], after.until)
+    assert (known.user_as_of, known.tables_as_of) == (after.until, before.until)
+    assert online.refresh()
+    assert not online.refresh()
+    made = requests(after)
+    for request, expected in zip(made, offline(after, made), strict=True):
+        found, known = online.frame(*request)
+        assert_equal_frames(found, expected)
+        assert known.user_as_of == known.tables_as_of == after.until
+
+
+def test_a_refresh_that_fails_leaves_the_tables_as_they_are(
+    growing: tuple[small_store.Store, small_store.Store],
+):
+    store, _ = growing
+    online = OnlineFeatures.open(store.repo, SPEC)
+    request = requests(store)[1]
+    before, _ = online.frame(*request)
+    path = store.repo.source("items")
+    whole = path.read_bytes()
+    path.write_bytes(b"half a fi")
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"(?i)parquet"):
+            online.refresh()
+        after, known = online.frame(*request)
+        assert_equal_frames(after, before)
+        assert known.tables_as_of == store.until
+    path.write_bytes(whole)
+    assert online.refresh()
+    assert_equal_frames(online.frame(*request)[0], before)
+
+
+def test_requests_see_one_generation_of_tables_while_they_are_exchanged(
+    growing: tuple[small_store.Store, small_store.Store], tmp_path: Path
+):
+    """Threads rank without a pause while the deployment changes to and fro below them."""
+    current = tmp_path / "current"
+
+    def point(store: small_store.Store) -> None:
+        link = tmp_path / "link"
+        link.symlink_to(store.repo.root)
+        link.rename(current)
+
+    point(growing[0])
+    online = OnlineFeatures.open(FeatureRepo(growing[0].repo.config, current), SPEC)
+    user, context, candidates, _ = requests(growing[0])[3]
+    request = (user, context, candidates, growing[1].until)
+    expected = {}
+    for store in growing[1], growing[0]:
+        point(store)
+        assert online.refresh()
+        frame, known = online.frame(*request)
+        expected[known.tables_as_of] = frame
+    assert expected.keys() == {store.until for store in growing}
+    assert not np.array_equal(*(frame["item_acts"] for frame in expected.values()))
+
+    done, seen = threading.Event(), []
+
+    def hammer(_: int) -> int:
+        count = 0
+        while not done.is_set():
+            frame, known = online.frame(*request)
+            assert_equal_frames(frame, expected[known.tables_as_of])
+            seen.append(known.tables_as_of)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(2) as pool:
+        counts = pool.map(hammer, range(2))
+        for turn in range(5):
+            point(growing[(turn + 1) % 2])
+            assert online.refresh()
+        done.set()
+        assert min(counts) > 0
+    assert set(seen) == set(expected)
+
+
 # -- tables in memory ----------------------------------------------------------------------------
 
 
-def test_rows_are_found_by_key_and_the_unknown_get_what_is_missing():
+def a_keyed_table(rows: list[tuple[str, str, float | None]]) -> tuple[KeyedTable, dict[str, Codes]]:
+    """Of the view by shop and item, with one mean."""
+    mean = aggregate("mean", "shop item_id", "mean", column="quantity")
+    spec = a_spec([*named("user_id item_id shop"), mean], [])
+    names = ("shop", "item_id", "mean")
     table = pa.table(
         {
-            "shop": ["b", "a", "a"],
-            "item": ["x", "x", "y"],
-            "count": pa.array([1, 2, 3], pa.int64()),
-            "word": ["one", None, "three"],
-            "many": pa.array([["p"], None, ["q", "r"]], pa.list_(pa.string())),
-            "event_timestamp": pa.array([START] * 3),
+            name: pa.array([row[i] for row in rows], pa.string() if i < 2 else pa.float64())
+            for i, name in enumerate(names)
         }
+        | {"event_timestamp": pa.array([START] * len(rows), small_store.STAMP)}
     )
-    keyed = KeyedTable.of(table, ["shop", "item"])
-    assert set(keyed.columns) == {"count", "word", "many"}
-    shops, items = (
-        np.array(v, object) for v in (["a", "b", "b", None, "a"], ["y", "x", "y", "x", "x"])
-    )
-    found = keyed.take(keyed.find([shops, items]))
-    np.testing.assert_array_equal(found["count"], [3, 1, np.nan, np.nan, 2])
-    assert found["word"].tolist() == ["three", "one", None, None, None]
-    assert lists(found["many"]) == [["q", "r"], ["p"], [], [], []]
-
-
-def test_keys_are_not_joined_as_texts():
-    table = pa.table({"a": ["x-y", "x"], "b": ["z", "y-z"], "n": [1.0, 2.0]})
-    keyed = KeyedTable.of(table, ["a", "b"])
-    parts = [np.array(values, object) for values in (["x", "x-y", "z"], ["y-z", "z", "x-y"])]
-    np.testing.assert_array_equal(keyed.take(keyed.find(parts))["n"], [2.0, 1.0, np.nan])
-
-
-def test_an_empty_table_knows_nobody():
-    lists_of_text = pa.list_(pa.string())
-    table = pa.table({"a": pa.array([], pa.string()), "n": pa.array([], pa.float64())})
-    keyed = KeyedTable.of(table.append_column("m", pa.array([], lists_of_text)), ["a"])
-    rows = keyed.find([np.array(["x", None], object)])
-    assert rows.tolist() == [0, 0]
-    assert len(keyed.keys) == 0
-    found = keyed.take(rows)
-    assert np.isnan(found["n"]).all()
-    assert lists(found["m"]) == [[], []]
+    by, view = names[:2], "shop_item_id_interactions"
+    codes = {key: Codes([table[key]]) for key in by}
+    return KeyedTable.of(table, by, spec, view, codes), codes
 
 
 KEYS = st.sampled_from(["", "a", "b", "c", "ä", "a-b"])
 
 
 @given(
-    held=st.dictionaries(st.tuples(KEYS, KEYS), st.floats(allow_nan=False), max_size=12),
+    held=st.dictionaries(st.tuples(KEYS, KEYS), st.floats(width=32, allow_nan=False), max_size=12),
     asked=st.lists(st.tuples(KEYS, KEYS), max_size=12),
 )
 def test_a_keyed_table_is_a_dictionary(
     held: dict[tuple[str, str], float], asked: list[tuple[str, str]]
 ):
-    table = pa.table(
-        {
-            "a": pa.array([a for a, _ in held], pa.string()),
-            "b": pa.array([b for _, b in held], pa.string()),
-            "n": pa.array(list(held.values()), pa.float64()),
-        }
-    )
-    keyed = KeyedTable.of(table, ["a", "b"])
-    parts = [np.array([key[i] for key in asked], object) for i in (0, 1)]
-    found = keyed.take(keyed.find(parts))["n"]
-    expected = np.array([held.get(key, np.nan) for key in asked], np.float64)
-    np.testing.assert_array_equal(found, expected)
+    keyed, codes = a_keyed_table([(*key, value) for key, value in held.items()])
+    parts = [
+        codes[name].of([key[i] for key in asked], {}) for i, name in enumerate(("shop", "item_id"))
+    ]
+    rows = keyed.index.find(parts)
+    expected = np.array([held.get(key, np.nan) for key in asked], np.float32)
+    np.testing.assert_array_equal(keyed.columns["mean"].take(rows), expected)
+    assert keyed.there.take(rows).tolist() == [key in held for key in asked]
+
+
+def test_an_empty_table_knows_nobody():
+    keyed, codes = a_keyed_table([])
+    rows = keyed.index.find([codes["shop"].of(["x"], {}), codes["item_id"].of(["y", None], {})])
+    assert np.isnan(np.asarray(keyed.columns["mean"].take(rows))).all()
+    assert not keyed.there.take(rows).any()

@@ -13,23 +13,38 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from jsonschema import Draft202012Validator
 from jsonschema import ValidationError as JsonFault
+from prometheus_client import REGISTRY
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from fathom import api
-from fathom.feature_store import FeatureRepo
+from fathom.feature_store import FeatureRepo, frame_of
+from fathom.metrics import metrics
 from fathom.online import OnlineFeatures
 from fathom.ranker import TOLERANCE, ArtifactError, Ranker, rows_of_frame
-from fathom.service import FEATURE_STORE, RANKER, OnlineStore, Ranking, RankingService, app
+from fathom.service import (
+    FEATURE_LOG,
+    FEATURE_STORE,
+    RANKER,
+    SERVING,
+    Ranking,
+    RankingService,
+    app,
+    serving_config,
+)
+from fathom.serving import OnlineStore, ServingConfig
 from small_ranker import SPEC, Artifact, feature_store, register
 
 CONTEXT = {"shelf": "low", "shop": "shop1", "discount": 0.1}
@@ -45,7 +60,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def serving(folder: Path) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(RANKER, str(folder))
-        patch.delenv(FEATURE_STORE, raising=False)
+        for name in (FEATURE_STORE, SERVING, FEATURE_LOG):
+            patch.delenv(name, raising=False)
         with TestClient(RankingService.to_asgi(), raise_server_exceptions=False) as client:
             yield client
 
@@ -67,9 +83,9 @@ def opened(repo: FeatureRepo) -> OnlineStore:
     return wait_until("ready", opening(repo, repo.root))
 
 
-def opening(repo: FeatureRepo, root: Path) -> OnlineStore:
+def opening(repo: FeatureRepo, root: Path, **config: Any) -> OnlineStore:
     settings = {"root": str(root), **repo.config.model_dump()}
-    return OnlineStore(json.dumps(settings), SPEC)
+    return OnlineStore(json.dumps(settings), SPEC, ServingConfig(**config))
 
 
 def wait_until(state: str, store: OnlineStore) -> OnlineStore:
@@ -294,13 +310,129 @@ def test_while_the_feature_store_is_being_opened_rank_asks_to_try_again(
         assert client.get("/model").json()["feature_store"] == state
 
 
+def test_the_model_says_as_of_when_features_are(ranking: TestClient) -> None:
+    answer = ranking.get("/model").json()
+    assert answer["feature_store"] == "ready"
+    assert answer["tables_as_of"] == "2024-01-22T00:00:00+00:00"
+
+
+def counted(name: str) -> float:
+    metrics()
+    return REGISTRY.get_sample_value(f"fathom_{name}_total") or 0.0
+
+
+def test_when_the_online_store_fails_answers_go_on_and_say_so(
+    ranking: TestClient, opened: OnlineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`faults/test_redis_stopped` stops a real one, under a real service."""
+    monkeypatch.setattr("fathom.user_rows.RETRY_SECONDS", 0.02)
+    before = ranking.post("/rank", json=rank()).json()
+    assert (before["degraded"], before["user_known"], before["expired"]) == (False, True, 0)
+    degraded = counted("degraded_requests")
+    stranger = ranking.post("/rank", json=rank(user="nobody")).json()
+    with monkeypatch.context() as stopped:
+
+        def refuse(*_: Any) -> None:
+            raise ConnectionError("connection refused")
+
+        stopped.setattr(opened.require()._rows._provider, "online_read", refuse)
+        for _ in range(3):
+            response = ranking.post("/rank", json=rank())
+            assert response.status_code == 200
+            answer = api.RankAnswer.model_validate_json(response.text)
+            assert (answer.degraded, answer.user_known) == (True, False)
+            assert {item.item for item in answer.items} == {"i1", "i2", "i3"}
+        assert ranking.get("/model").json()["feature_store"] == "degraded"
+        assert ranking.get("/readyz").status_code == 200
+        assert counted("degraded_requests") == degraded + 3
+        # An unknown user is an unknown user, whether the store is down or not.
+        again = ranking.post("/rank", json=rank(user="nobody")).json()
+        assert again["items"] == stranger["items"]
+    deadline = time.monotonic() + 10
+    while opened.require().degraded:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    after = ranking.post("/rank", json=rank()).json()
+    assert after | {"request_id": ""} == before | {"request_id": ""}
+    assert ranking.get("/model").json()["feature_store"] == "ready"
+
+
+def test_newer_features_are_loaded_in_the_background_and_failures_are_tried_again(
+    repo: FeatureRepo,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("fathom.serving.RETRY_SECONDS", 0.05)
+    refreshes, failures = counted("refreshes"), counted("refresh_failures")
+    items = repo.source("items")
+    whole = items.read_bytes()
+    store = wait_until("ready", opening(repo, repo.root, refresh_seconds=0.05))
+    try:
+        request = ("u2", CONTEXT, [{"item_id": "i1"}], datetime(2024, 2, 1))
+        items.write_bytes(b"half a fi")
+        wait_for(lambda: counted("refresh_failures") >= failures + 2)
+        assert "newer features cannot be loaded; the old ones stay" in caplog.text
+        assert store.require().frame(*request)[1].items.all()
+        assert counted("refreshes") == refreshes
+        items.write_bytes(whole)
+        wait_for(lambda: counted("refreshes") >= refreshes + 1)
+        assert store.require().frame(*request)[1].items.all()
+    finally:
+        items.write_bytes(whole)
+        store.close()
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_is_ranked_is_logged_with_the_features_it_was_ranked_by(
+    artifact: Artifact, opened: OnlineStore, tmp_path: Path
+) -> None:
+    ranking = Ranking(artifact.folder, None, ServingConfig(feature_log=str(tmp_path)))
+    ranking.store = opened
+    answers = {}
+    for name, user in (("a", "u2"), ("b", "nobody")):
+        answers[name] = ranking.rank(json.dumps(rank(user=user)).encode(), name)
+    # What is refused, and what goes to /predict, ranks nothing.
+    with pytest.raises(api.RefusedError):
+        ranking.rank(json.dumps(rank(candidates=[])).encode(), "c")
+    ranking.predict(json.dumps({"rows": artifact.rows[:1]}).encode(), "d")
+    assert ranking.log is not None
+    ranking.log.close()
+    logged = pq.read_table(tmp_path / artifact.version)
+    assert logged["_request"].to_pylist() == ["a"] * 3 + ["b"] * 3
+    for name, answer in answers.items():
+        rows = logged.filter(pc.equal(logged["_request"], name))
+        served = {item["item"]: item["probability"] for item in answer["items"]}
+        found = dict(zip(*(rows[n].to_pylist() for n in ("item_id", "probability")), strict=True))
+        assert found == served
+        assert set(rows["_user_known"].to_pylist()) == {answer["user_known"]}
+        rescored = artifact.ranker.score(frame_of(rows))
+        np.testing.assert_allclose(rescored, rows["probability"], atol=TOLERANCE, rtol=0)
+
+
+def test_settings_come_from_the_environment_and_the_log_has_a_variable_of_its_own() -> None:
+    assert serving_config({}) == ServingConfig()
+    given = serving_config({SERVING: '{"refresh_seconds": 5, "feature_log": "/a"}'})
+    assert (given.refresh_seconds, given.feature_log) == (5, "/a")
+    assert serving_config({FEATURE_LOG: "/b", SERVING: '{"feature_log": "/a"}'}).feature_log == "/b"
+    with pytest.raises(ValidationError, match=r"refresh_seconds\n.*greater than 0"):
+        serving_config({SERVING: '{"refresh_seconds": 0}'})
+    with pytest.raises(ValidationError, match=r"often\n.*Extra inputs are not permitted"):
+        serving_config({SERVING: '{"often": 1}'})
+
+
 def test_a_feature_store_that_cannot_be_opened_is_tried_again(
     repo: FeatureRepo,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("fathom.service.RETRY_SECONDS", 0.2)
+    monkeypatch.setattr("fathom.serving.RETRY_SECONDS", 0.2)
     store = wait_until("failed", opening(repo, tmp_path))
     assert f"{tmp_path / 'features'}: the feature store cannot be opened" in caplog.text
     shutil.copytree(repo.folder, tmp_path / "features", dirs_exist_ok=True)

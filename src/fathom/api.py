@@ -99,12 +99,19 @@ class RankedItem(_Message):
 
 
 class RankAnswer(_Message):
-    """Candidates by falling probability, ties in the order of the request."""
+    """Candidates by falling probability, ties in the order of the request.
+
+    Args:
+        degraded: the user's features could not be read; the user was ranked as an unknown one.
+        expired: rows of features that were too old to be used.
+    """
 
     version: str
     request_id: str
     user_known: bool
     unknown_items: int
+    degraded: bool
+    expired: int
     items: list[RankedItem]
 
 
@@ -117,7 +124,13 @@ class PredictAnswer(_Message):
 
 
 class ModelAnswer(_Message):
-    """What is being served, and what it takes."""
+    """What is being served, and what it takes.
+
+    Args:
+        feature_store: ``absent``, ``opening``, ``failed``, ``ready``, or ``degraded`` while the
+            online store does not answer.
+        tables_as_of: the moment whose state the features of items and contexts are.
+    """
 
     version: str
     request_id: str
@@ -129,6 +142,7 @@ class ModelAnswer(_Message):
     training: dict[str, Any]
     provenance: dict[str, Any]
     feature_store: str
+    tables_as_of: str | None
     limits: dict[str, int]
 
 

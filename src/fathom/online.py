@@ -1,100 +1,115 @@
 """Features for a request: one user row through Feast, everything else from memory.
 
 The cost of an online read grows with rows × features, so a request reads one row, the user's. What
-depends on the item or the context is held as columns, loaded from the feature store's newest
-snapshot; what depends on the user and the item is packed in the user's row. The result goes
-through `fathom.encoding.complete`, as the training frame did.
+depends on the item or the context is held in memory (`fathom.online_tables`) and exchanged as a
+whole when there is something newer; what depends on the user and the item is packed in the user's
+row. What is older than its view allows is missing (`fathom.encoding.expire`), and all of it goes
+through `fathom.encoding.complete`, as the training frame does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from fathom.batch import Ragged
-from fathom.encoding import Keys, Values, complete, cross_keys, hash_values
-from fathom.feature_store import FeatureRepo, frame_of
-from fathom.features import is_packable, packed_name, stored_name
-from fathom.spec import ATTRIBUTES, EVENT_TIMESTAMP, Column, FeatureSpec
+from fathom.encoding import Values, complete, expire, with_ratios
+from fathom.feature_store import FeatureRepo
+from fathom.features import is_packable, packed_name, stored_fields
+from fathom.lookup import Numbers, places_among, spread
+from fathom.online_tables import (
+    KeyedTable,
+    Tables,
+    by_of,
+    depends_on_the_moment,
+    part,
+    source_of,
+    tables_of,
+)
+from fathom.spec import EVENT_TIMESTAMP, Column, FeatureSpec
+from fathom.user_rows import Row, StoreDownError, UserRows
 
-if TYPE_CHECKING:
-    from feast import FeatureStore
+_MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
 class Known:
-    """Whether the feature store has met the user, and each candidate, shape (N,)."""
+    """What the feature store knew when a request was served.
+
+    Args:
+        user: whether it has met the user; False when it could not be asked.
+        items: whether it has met each candidate, shape (N,).
+        expired: rows that were too old to be used; the user's count once, the others by candidate.
+        degraded: whether the online store could not be asked, so that the user counts as unknown.
+        user_as_of: the moment whose state the user's rows are: that of the tables, or of the newest
+            row where a later materialisation has written one already.
+        tables_as_of: the moment whose state everything else is.
+        rows: event timestamp of the user's row in each feature view that has one. A view is as of
+            that moment or ``tables_as_of``, whichever is later: what is not newer than the tables
+            is the state at their moment, and what is newer is the state at its own.
+    """
 
     user: bool
     items: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class KeyedTable:
-    """Columns in memory, found by key.
-
-    Args:
-        keys: (R,) rising hashes of the key columns.
-        columns: R + 1 values each; the last one is what an unknown key gets.
-    """
-
-    keys: Keys
-    columns: dict[str, Values]
-
-    @classmethod
-    def of(cls, table: pa.Table, by: Sequence[str]) -> KeyedTable:
-        """Index a table by its key columns."""
-        frame = frame_of(table)
-        keys = _keys([frame[name] for name in by])
-        order = np.argsort(keys)
-        columns = {
-            name: _with_missing(values, order)
-            for name, values in frame.items()
-            if name not in {*by, EVENT_TIMESTAMP}
-        }
-        return cls(keys[order], columns)
-
-    def find(self, parts: Sequence[Values]) -> NDArray[np.int64]:
-        """Row of each key, shape (N,); R where it is unknown."""
-        wanted = _keys(parts)
-        if len(self.keys) == 0:
-            return np.zeros(len(wanted), np.int64)
-        place = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return np.where(self.keys[place] == wanted, place, len(self.keys))
-
-    def take(self, rows: NDArray[np.int64]) -> dict[str, Values]:
-        """The columns' values at ``rows``."""
-        return {name: _take(values, rows) for name, values in self.columns.items()}
+    expired: int
+    degraded: bool
+    user_as_of: datetime
+    tables_as_of: datetime
+    rows: Mapping[str, datetime]
 
 
 class OnlineFeatures:
-    """Reads features for requests. Safe to share between threads that do not refresh it."""
+    """Reads features for requests. Safe to share between threads, also while it is refreshed."""
 
-    def __init__(
-        self, store: FeatureStore, spec: FeatureSpec, tables: dict[str, KeyedTable]
-    ) -> None:
-        self.spec = spec
-        self._store = store
-        self._tables = tables
-        self._user_fields = _user_fields(spec)
+    def __init__(self, repo: FeatureRepo, plan: _Plan, rows: UserRows, tables: Tables) -> None:
+        self.spec = plan.spec
+        self._repo, self._plan, self._rows, self._tables = repo, plan, rows, tables
+        self._refreshing = threading.Lock()
 
     @classmethod
-    def open(cls, repo: FeatureRepo, spec: FeatureSpec) -> OnlineFeatures:
-        """Connect to the online store and load what is held in memory."""
-        tables = {}
-        if any(column.name not in spec.keys for column in spec.raw_columns("item")):
-            tables["items"] = KeyedTable.of(repo.latest("items", spec), [spec.entities.item])
-        for view, columns in spec.views.items():
-            by = _by(columns)
-            if spec.entities.user not in by:
-                tables[view] = KeyedTable.of(repo.latest(view, spec), by)
-        return cls(repo.open(), spec, tables)
+    def open(
+        cls, repo: FeatureRepo, spec: FeatureSpec, read_seconds: float = 0.5
+    ) -> OnlineFeatures:
+        """Connect to the online store and load what is held in memory.
+
+        Args:
+            read_seconds: how long the read of a user's row may take before the answer does without.
+        """
+        plan = _Plan.of(spec)
+        rows = UserRows(repo.open(), spec.entities.user, plan.user_fields, read_seconds)
+        return cls(repo, plan, rows, Tables.load(repo, spec))
+
+    def close(self) -> None:
+        """End background work."""
+        self._rows.close()
+
+    @property
+    def tables_as_of(self) -> datetime:
+        """The moment whose state the tables in memory are."""
+        return self._tables.as_of
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the online store is down."""
+        return self._rows.down
+
+    def refresh(self) -> bool:
+        """Load the tables again if there is something newer; whether there was.
+
+        Requests go on meanwhile, and each sees one generation of tables. An error leaves the
+        tables as they are.
+        """
+        with self._refreshing:
+            if source_of(self._repo, self.spec) == self._tables.source:
+                return False
+            self._tables = Tables.load(self._repo, self.spec)
+            return True
 
     def frame(
         self,
@@ -113,141 +128,221 @@ class OnlineFeatures:
         Returns:
             A frame of N rows in the candidates' order, and what was known.
         """
-        spec, count = self.spec, len(candidates)
-        items = _texts([candidate[spec.entities.item] for candidate in candidates])
-        frame: dict[str, Values] = {
-            spec.entities.user: _texts([user] * count),
-            spec.entities.item: items,
-            EVENT_TIMESTAMP: np.full(count, _utc(moment), "datetime64[us]"),
+        tables, degraded = self._tables, False
+        try:
+            rows = self._rows.read(user)
+        except StoreDownError:
+            rows, degraded = {}, True
+        request = _Request(self._plan, tables, len(candidates), _utc(moment))
+        request.add_context(context, candidates)
+        request.add_user(user, rows)
+        request.add_tables([candidate[self.spec.entities.item] for candidate in candidates])
+        request.add_packed(rows)
+        moments = {view: row.moment for view, row in rows.items() if row.moment is not None}
+        known = Known(
+            bool(moments),
+            request.known_items,
+            request.expired,
+            degraded,
+            max([tables.as_of, *moments.values()]),
+            tables.as_of,
+            moments,
+        )
+        return with_ratios(request.frame, self.spec), known
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from the spec alone: which views are read how, and the columns they make.
+
+    ``own`` are the user's own views, ``packed`` those by user and other keys, which are named;
+    ``fields`` is what both hold.
+    """
+
+    spec: FeatureSpec
+    own: tuple[str, ...]
+    packed: Mapping[str, tuple[str, ...]]
+    tables: Mapping[str, tuple[str, ...]]
+    fields: Mapping[str, Mapping[str, Column | None]]
+    context_part: FeatureSpec
+    own_part: FeatureSpec
+    packed_part: FeatureSpec
+    ageing_part: FeatureSpec
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> _Plan:
+        user = spec.entities.user
+        own = ["users"] if spec.held("users") else []
+        own += [view for view in spec.views if by_of(spec, view) == (user,)]
+        packed = {
+            view: tuple(key for key in by_of(spec, view) if key != user)
+            for view in spec.views
+            if is_packable(spec, view)
         }
-        for column in spec.raw_columns("context"):
-            shared = context.get(column.name)
-            frame[column.name] = _context(
-                column, [candidate.get(column.name, shared) for candidate in candidates]
-            )
-        known_items = np.zeros(count, np.bool_)
-        if "items" in self._tables:
-            rows = self._tables["items"].find([items])
-            known_items = rows < len(self._tables["items"].keys)
-            frame |= self._tables["items"].take(rows)
-        row = self._user_row(user)
-        for column in spec.raw_columns("user"):
-            if column.name not in frame:
-                frame[column.name] = _repeat(column, row[column.name], count)
-        for view, columns in spec.views.items():
-            by = _by(columns)
-            if by == (spec.entities.user,):
-                frame |= {stored_name(c): _repeat(c, row[stored_name(c)], count) for c in columns}
-            elif is_packable(spec, view):
-                frame |= _unpack(spec, view, row, frame)
-            else:
-                table = self._tables[view]
-                rows = table.find([frame[key] for key in by])
-                frame |= table.take(rows)
-                if by == (spec.entities.item,):
-                    known_items |= rows < len(table.keys)
-        known_user = any(value is not None for value in row.values())
-        return complete(frame, spec), Known(known_user, known_items)
 
-    def _user_row(self, user: str) -> dict[str, Any]:
-        if not self._user_fields:
-            return {}
-        found = self._store.get_online_features(
-            features=self._user_fields, entity_rows=[{self.spec.entities.user: user}]
-        ).to_dict()
-        return {name: values[0] for name, values in found.items() if name not in self.spec.keys}
+        def columns(views: Iterable[str]) -> list[Column]:
+            return [column for view in views for column in spec.held(view)]
+
+        return cls(
+            spec,
+            tuple(own),
+            packed,
+            tables_of(spec),
+            {view: stored_fields(spec, view) for view in (*own, *packed)},
+            part(spec, spec.raw_columns("context")),
+            part(spec, columns(own)),
+            part(spec, columns(packed)),
+            part(spec, [c for c in columns(tables_of(spec)) if depends_on_the_moment(c)]),
+        )
+
+    @property
+    def user_fields(self) -> dict[str, list[str]]:
+        """Feast's feature view → fields to read of the user."""
+        fields = {view: list(self.fields[view]) for view in self.own}
+        for view, others in self.packed.items():
+            names = (*others, *self.fields[view])
+            fields[packed_name(view)] = [f"{view}__{name}" for name in names]
+        return fields
 
 
-def _user_fields(spec: FeatureSpec) -> list[str]:
-    """Feast references of everything in the user's row."""
-    references = [
-        f"{view}:{column.name}"
-        for view, owner in ATTRIBUTES.items()
-        if owner == "user"
-        for column in spec.raw_columns("user")
-        if column.name not in spec.keys
-    ]
-    for view, columns in spec.views.items():
-        if _by(columns) == (spec.entities.user,):
-            references += [f"{view}:{stored_name(column)}" for column in columns]
-        elif is_packable(spec, view):
-            others = [key for key in _by(columns) if key != spec.entities.user]
-            fields = [stored_name(column) for column in columns]
-            references += [f"{packed_name(view)}:{view}__{name}" for name in (*others, *fields)]
-    return references
+def user_views(spec: FeatureSpec) -> list[str]:
+    """Feast's names of the feature views that are read of the user."""
+    return list(_Plan.of(spec).user_fields)
 
 
-def _unpack(
-    spec: FeatureSpec, view: str, row: Mapping[str, Any], frame: Mapping[str, Values]
-) -> dict[str, Values]:
-    """Look the candidates up in the user's packed row of a view."""
-    columns = spec.views[view]
-    others = [key for key in _by(columns) if key != spec.entities.user]
-    packed = [row[f"{view}__{key}"] or () for key in others]
-    place = {key: i for i, key in enumerate(zip(*packed, strict=True))}
-    wanted = zip(*(_plain(frame[key]) for key in others), strict=True)
-    found = [place.get(key, -1) for key in wanted]
-    return {
-        stored_name(column): np.array([np.nan if i < 0 else values[i] for i in found], np.float64)
-        for column in columns
-        for values in (row[f"{view}__{stored_name(column)}"] or (),)
-    }
+class _Request:
+    """The frame of one request in the making. Legend: N candidates.
+
+    Codes of keys, and what is looked up by them, have shape (1,) where all candidates share them.
+    """
+
+    def __init__(self, plan: _Plan, tables: Tables, count: int, now: np.datetime64) -> None:
+        self.frame: dict[str, Values] = {}
+        self.expired = 0
+        self.known_items = np.zeros(count, np.bool_)
+        self._plan, self._spec, self._tables, self._count = plan, plan.spec, tables, count
+        self._now = now
+        # Of each key: the candidates' values, their codes, and both as a dictionary.
+        self._values: dict[str, Sequence[Any]] = {}
+        self._codes: dict[str, Numbers] = {}
+        self._asked: dict[str, dict[Any, int]] = {}
+        # Numbers of keys that no table has: only this request's parts are compared by them.
+        self._new: dict[str, dict[Any, int]] = {key: {} for key in tables.codes}
+
+    def add_context(
+        self, context: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Columns that come with the request, for all candidates alike or for each."""
+        columns = self._plan.context_part.columns
+        shared = {column.name: [context.get(column.name)] for column in columns}
+        values: dict[str, list[Any]] = dict(shared)
+        if max(map(len, candidates), default=0) > 1:
+            for name, (common,) in shared.items():
+                values[name] = [candidate.get(name, common) for candidate in candidates]
+        frame = {column.name: _column(column, values[column.name]) for column in columns}
+        for name in self._tables.codes:
+            if name in values:
+                self._number(name, values[name])
+        self._add(complete(frame | self._moments(1), self._plan.context_part))
+
+    def add_user(self, user: str, rows: Mapping[str, Row]) -> None:
+        """The user's key, attributes and aggregates."""
+        spec, frame = self._spec, self._moments(1)
+        for view in self._plan.own:
+            values = rows[view].values if view in rows else {}
+            for name, column in self._plan.fields[view].items():
+                frame[name] = _column(column, [values.get(name)])
+        frame, expired = expire(frame, spec, self._plan.own)
+        self.expired += expired
+        for name in self._tables.codes:
+            if name in frame:
+                self._number(name, np.asarray(frame[name]).tolist())
+        self._add(complete(frame, self._plan.own_part))
+        if spec.entities.user in spec.by_name:
+            self.frame[spec.entities.user] = np.full(self._count, user, object)
+
+    def add_tables(self, items: list[Any]) -> None:
+        """Attributes of the items and everything else that is held in memory."""
+        key = self._spec.entities.item
+        self._number(key, items)
+        if key in self._spec.by_name:
+            self.frame[key] = _column(self._spec.by_name[key], items)
+        ageing: dict[str, Values] = self._moments(self._count)
+        for view, by in self._plan.tables.items():
+            table = self._tables.views[view]
+            rows = table.index.find([self._codes[name] for name in by])
+            if by == (key,):
+                self.known_items |= table.there.take(rows)
+            rows = self._without_old(view, table, rows)
+            for columns, target in ((table.columns, self.frame), (table.ageing, ageing)):
+                for name, values in columns.items():
+                    target[name] = spread(values.take(rows), self._count)
+            for name, codes in table.keys.items():
+                self._codes[name] = codes.take(rows)
+                self._values[name] = np.asarray(self.frame[name]).tolist()
+        self._add(complete(ageing, self._plan.ageing_part))
+
+    def add_packed(self, rows: Mapping[str, Row]) -> None:
+        """Aggregates by user and other keys, found in the user's rows."""
+        frame = self._moments(self._count)
+        for view, others in self._plan.packed.items():
+            row = rows.get(packed_name(view))
+            values = row.values if row else {}
+            places = self._places(others, [values.get(f"{view}__{key}") or [] for key in others])
+            absent = places < 0
+            for name in self._plan.fields[view]:
+                held = values.get(f"{view}__{name}")
+                if held is None or len(held) == 0:
+                    found = np.full(len(places), np.nan)
+                else:
+                    found = held.take(places, mode="clip").astype(np.float64)
+                    found[absent] = np.nan
+                frame[name] = spread(found, self._count)
+        frame, expired = expire(frame, self._spec, self._plan.packed)
+        self.expired += expired
+        self._add(complete(frame, self._plan.packed_part))
+
+    def _places(self, others: Sequence[str], entries: Sequence[list[Any]]) -> Numbers:
+        """Where each candidate's keys stand among a user's entries; −1 if they do not."""
+        held = []
+        for key, values in zip(others, entries, strict=True):
+            # Of all keys, only those that are asked for: a small dictionary is a fast one.
+            if key not in self._asked:
+                codes = self._codes[key].tolist()
+                self._asked[key] = dict(zip(self._values[key], codes, strict=True))
+            get = self._asked[key].get
+            held.append(np.array([get(value, -1) for value in values], np.int64))
+        size = max(self._tables.codes[key].size + 1 + len(self._new[key]) for key in others)
+        return places_among(held, [self._codes[key] for key in others], size)
+
+    def _without_old(self, view: str, table: KeyedTable, rows: Numbers) -> Numbers:
+        """The rows, but for those that are too old to be read."""
+        age = self._spec.max_age(view)
+        if age is None or table.stamps is None:
+            return rows
+        now = self._now.astype(np.float64)
+        old = now - table.stamps.take(rows) > age / _MICROSECOND
+        self.expired += int(old.sum())
+        return np.where(old, table.index.missing, rows)
+
+    def _number(self, key: str, values: Sequence[Any]) -> None:
+        self._values[key] = values
+        self._codes[key] = self._tables.codes[key].of(values, self._new[key])
+
+    def _moments(self, count: int) -> dict[str, Values]:
+        return {EVENT_TIMESTAMP: np.full(count, self._now, "datetime64[us]")}
+
+    def _add(self, columns: Mapping[str, Values]) -> None:
+        for name, values in columns.items():
+            self.frame[name] = spread(values, self._count)
 
 
-def _by(columns: Sequence[Column]) -> tuple[str, ...]:
-    assert columns[0].aggregate is not None
-    return columns[0].aggregate.by
-
-
-def _keys(parts: Sequence[Values]) -> Keys:
-    hashed = [hash_values(_single(part)) for part in parts]
-    keys = hashed[0] if len(hashed) == 1 else cross_keys(hashed)
-    assert not isinstance(keys, Ragged)
-    return keys
-
-
-def _single(values: Values) -> NDArray[Any]:
-    assert not isinstance(values, Ragged)
-    return values
-
-
-def _plain(values: Values) -> list[Any]:
-    plain: list[Any] = _single(values).tolist()
-    return plain
-
-
-def _with_missing(values: Values, order: NDArray[np.int64]) -> Values:
-    """The values in ``order``, and one missing value behind them."""
-    if isinstance(values, Ragged):
-        taken = values.take(order)
-        return Ragged(taken.values, np.append(taken.offsets, taken.offsets[-1]))
-    missing: Any = None if values.dtype == object else np.nan
-    kind = object if values.dtype == object else np.float64
-    return np.append(values[order].astype(kind), np.array([missing], kind))
-
-
-def _take(values: Values, rows: NDArray[np.int64]) -> Values:
-    return values.take(rows) if isinstance(values, Ragged) else values[rows]
-
-
-def _repeat(column: Column, value: Any, count: int) -> Values:
-    """One value of the user's for every candidate."""
-    if column.kind in {"multi", "sequence"}:
-        return Ragged.of([value or []] * count)
-    if column.is_numeric:
-        return np.full(count, np.nan if value is None else value, np.float64)
-    return _texts([value] * count)
-
-
-def _context(column: Column, values: Sequence[Any]) -> Values:
-    if column.kind in {"multi", "sequence"}:
+def _column(column: Column | None, values: Sequence[Any]) -> Values:
+    """A column of a frame; None stands for the moment of a row, which is a number."""
+    if column is not None and column.kind in {"multi", "sequence"}:
         return Ragged.of([value or [] for value in values])
-    if column.is_numeric:
+    if column is None or column.is_numeric:
         return np.array([np.nan if value is None else value for value in values], np.float64)
-    return _texts(values)
-
-
-def _texts(values: Sequence[Any]) -> NDArray[Any]:
     texts = np.empty(len(values), object)
     texts[:] = values
     return texts

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import httpx
 
     from fathom.feature_store import FeatureRepo
+    from fathom.serving import ServingConfig
 
 MODEL = "fathom_ranker"
 BENTOFILE = "bentofile.yaml"
@@ -373,12 +374,17 @@ def _free_port() -> int:
 
 
 def serve(
-    bento_tag: str, port: int = 3000, repo: FeatureRepo | None = None, host: str = "127.0.0.1"
+    bento_tag: str,
+    port: int = 3000,
+    repo: FeatureRepo | None = None,
+    host: str = "127.0.0.1",
+    serving: ServingConfig | None = None,
 ) -> NoReturn:
     """Become the process that serves a Bento, after printing where and an example to try.
 
     Args:
         repo: where ``/rank`` finds features; without one it answers 503.
+        serving: settings of the service; paths are relative to the current folder.
 
     Raises:
         PackagingError: there is no such Bento, or ``BENTOML_HOME`` is not set.
@@ -389,6 +395,13 @@ def serve(
 
         settings = {"root": str(repo.root), **repo.config.model_dump()}
         environment[FEATURE_STORE] = json.dumps(settings)
+    if serving is not None:
+        from fathom.service import SERVING
+
+        # BentoML serves from another folder.
+        log_folder = serving.feature_log and str(Path(serving.feature_log).absolute())
+        serving = serving.model_copy(update={"feature_log": log_folder})
+        environment[SERVING] = serving.model_dump_json()
     url = f"http://{host}:{port}"
     example = _example(bento_tag)
     sys.stdout.write(

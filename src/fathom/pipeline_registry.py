@@ -3,9 +3,12 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
+#: Not part of ``kedro run``: what they read, a run does not make.
+APART = frozenset({"replay"})
+
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Find every pipeline; ``__default__``, which ``kedro run`` runs, is their sum.
+    """Find every pipeline; ``__default__``, which ``kedro run`` runs, is their sum but for `APART`.
 
     Kedro orders the nodes of a sum by what they read and write, so the order of the names does
     not matter. A pipeline that fails to import is an error, not a warning: a run that skips a
@@ -19,4 +22,5 @@ def register_pipelines() -> dict[str, Pipeline]:
     # With `--pipelines NAME` Kedro looks for that one alone and there is no sum to make.
     if "__default__" not in found:
         return stages
-    return {"__default__": sum(stages.values(), start=Pipeline([])), **stages}
+    summed = [stage for name, stage in stages.items() if name not in APART]
+    return {"__default__": sum(summed, start=Pipeline([])), **stages}

@@ -9,6 +9,8 @@ Environment
     ``FATHOM_FEATURE_STORE``  where ``/rank`` finds features: JSON of `FeatureStoreConfig` and its
                               ``root``. It is opened in the background, because Feast alone takes
                               ten seconds to import; until then ``/rank`` answers 503.
+    ``FATHOM_SERVING``        JSON of `fathom.serving.ServingConfig`.
+    ``FATHOM_FEATURE_LOG``    folder for what the model sees, whatever ``FATHOM_SERVING`` says.
     ``FATHOM_RANKER``         folder of an artifact, for a service that is not in a Bento.
 """
 
@@ -19,12 +21,9 @@ import json
 import logging
 import os
 import re
-import threading
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,18 +37,19 @@ from starlette.routing import Route
 
 from fathom import api
 from fathom.batch import Ragged
+from fathom.metrics import metrics
+from fathom.serving import OnlineStore, ServingConfig
 from fathom.spec import Column, FeatureSpec
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
-
     from fathom.encoding import Values
-    from fathom.online import OnlineFeatures
+    from fathom.feature_log import FeatureLog
+    from fathom.online import Known
 
 #: Alias of the one model that a Bento carries, whose version the Bento pins.
 ALIAS = "ranker"
 RANKER, FEATURE_STORE = "FATHOM_RANKER", "FATHOM_FEATURE_STORE"
-RETRY_SECONDS = 10
+SERVING, FEATURE_LOG = "FATHOM_SERVING", "FATHOM_FEATURE_LOG"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 # A child of BentoML's logger, which is the one that its server formats and prints.
@@ -57,86 +57,53 @@ log = logging.getLogger("bentoml.fathom")
 Answer = dict[str, Any]
 
 
-class OnlineStore:
-    """The feature store of a service, opened in the background and tried again if that fails.
-
-    ``state`` is ``absent``, ``opening``, ``ready`` or ``failed``.
-    """
-
-    def __init__(self, settings: str | None, spec: FeatureSpec) -> None:
-        self.features: OnlineFeatures | None = None
-        self.state = "opening" if settings else "absent"
-        self._closed = threading.Event()
-        if settings:
-            from fathom.feature_store import FeatureRepo, FeatureStoreConfig
-
-            found = json.loads(settings)
-            root = Path(found.pop("root"))
-            repo = FeatureRepo(FeatureStoreConfig(**found), root)
-            threading.Thread(target=self._open, args=(repo, spec), daemon=True).start()
-
-    def close(self) -> None:
-        """Stop trying."""
-        self._closed.set()
-
-    def require(self) -> OnlineFeatures:
-        """The features, or the reason to refuse a request that needs them.
-
-        Raises:
-            RefusedError: status 503.
-        """
-        if self.features is not None:
-            return self.features
-        reason = {
-            "absent": f"this service has no feature store; set {FEATURE_STORE} and start it again",
-            "opening": "the feature store is being opened; try again",
-            "failed": "the feature store cannot be opened, see the service's log; try again",
-        }[self.state]
-        headers = {} if self.state == "absent" else {"Retry-After": str(RETRY_SECONDS)}
-        raise api.RefusedError(503, f"{reason} (/predict takes rows of features)", headers=headers)
-
-    def _open(self, repo: Any, spec: FeatureSpec) -> None:
-        started = time.monotonic()
-        while not self._closed.is_set():
-            try:
-                from fathom.online import OnlineFeatures
-
-                self.features = OnlineFeatures.open(repo, spec)
-                self.state = "ready"
-                log.info("feature store opened after %.1f s", time.monotonic() - started)
-                return
-            except Exception:
-                log.exception("%s: the feature store cannot be opened", repo.folder)
-                self.state = "failed"
-                self._closed.wait(RETRY_SECONDS)
-
-
 class Ranking:
     """One ranker and what it answers. Its methods run on its one scoring thread."""
 
-    def __init__(self, folder: Path, feature_store: str | None) -> None:
+    def __init__(
+        self, folder: Path, feature_store: str | None, config: ServingConfig | None = None
+    ) -> None:
         from fathom.ranker import Ranker, verify
 
+        config = config or ServingConfig()
         self.version = verify(folder)
         self.ranker = Ranker.load(folder)
-        self.store = OnlineStore(feature_store, self.ranker.spec)
+        self.store = OnlineStore(feature_store, self.ranker.spec, config)
+        self.log = self._feature_log(config)
         self.thread = ThreadPoolExecutor(1, "scoring")
         self._examples = api.recorded_rows(folder) or [api.example_row(self.ranker.spec)]
         log.info("ranker %s loaded from %s", self.version, folder)
 
     def close(self) -> None:
-        """Give up what is waiting, and the background work."""
+        """Give up what is waiting, and end the background work."""
         self.store.close()
         self.thread.shutdown(wait=False, cancel_futures=True)
+        if self.log is not None:
+            self.log.close()
 
-    def predict(self, body: bytes) -> Answer:
+    def _feature_log(self, config: ServingConfig) -> FeatureLog | None:
+        if config.feature_log is None:
+            return None
+        from fathom.feature_log import FeatureLog
+
+        return FeatureLog(
+            Path(config.feature_log),
+            self.ranker.spec,
+            self.version,
+            most_bytes=config.feature_log_mb << 20,
+            segment_rows=config.segment_rows,
+            segment_seconds=config.segment_seconds,
+            dropped=lambda rows: metrics().unlogged_rows.inc(rows),
+        )
+
+    def predict(self, body: bytes, _: str) -> Answer:
         """Score rows of raw features."""
         rows = api.parse(api.PredictRequest, body).rows
         frame = _frame(rows, self.ranker.spec, "rows[{}]")
         _bound_crosses(frame, self.ranker.spec)
         return {"probabilities": self.ranker.score(frame).tolist()}
 
-    def rank(self, body: bytes) -> Answer:
+    def rank(self, body: bytes, request_id: str) -> Answer:
         """Look up the features of candidates, score and sort them."""
         spec = self.ranker.spec
         request = api.parse(api.RankRequest, body)
@@ -159,14 +126,23 @@ class Ranking:
             parts = self.ranker.explain(frame)
             for item, i in zip(items, order, strict=True):
                 item["explanation"] = _explanation({n: float(p[i]) for n, p in parts.items()})
-        unknown = int((~known.items).sum())
-        ranked, unknown_items, unknown_users = _counters()
-        ranked.inc(len(items))
-        unknown_items.inc(unknown)
-        unknown_users.inc(int(not known.user))
-        return {"user_known": known.user, "unknown_items": unknown, "items": items}
+        if self.log is not None:
+            from fathom.feature_log import Served
 
-    def model(self, _: bytes) -> Answer:
+            keys = [candidate[key] for candidate in candidates]
+            self.log.put(
+                Served(request_id, request.user, keys, moment, frame, known, probabilities)
+            )
+        _count(known)
+        return {
+            "user_known": known.user,
+            "unknown_items": int((~known.items).sum()),
+            "degraded": known.degraded,
+            "expired": known.expired,
+            "items": items,
+        }
+
+    def model(self, _: bytes, __: str) -> Answer:
         """Say what is being served."""
         spec = self.ranker.spec
         return {
@@ -177,7 +153,7 @@ class Ranking:
             "crosses": [cross.name for cross in spec.crosses],
             "training": self.ranker.config.as_dict(),
             "provenance": self.ranker.provenance,
-            "feature_store": self.store.state,
+            **self.store.described(),
             "limits": {
                 "body_bytes": api.MAX_BODY_BYTES,
                 "candidates": api.MAX_CANDIDATES,
@@ -186,7 +162,7 @@ class Ranking:
             },
         }
 
-    def openapi(self, _: bytes) -> Answer:
+    def openapi(self, _: bytes, __: str) -> Answer:
         """The OpenAPI document."""
         return api.openapi(self.ranker.spec, self.version, self._examples)
 
@@ -195,7 +171,7 @@ class Ranking:
 
 
 def _endpoint(
-    method: Callable[[Ranking, bytes], Answer], stamped: bool = True
+    method: Callable[[Ranking, bytes, str], Answer], stamped: bool = True
 ) -> Callable[[Request], Awaitable[Response]]:
     """Read a bounded body, answer on the scoring thread, in JSON, whatever happens."""
 
@@ -207,7 +183,7 @@ def _endpoint(
         headers = {"X-Fathom-Version": ranking.version, "X-Request-ID": request_id}
 
         def answer(body: bytes) -> bytes:
-            return _json((stamp if stamped else {}) | method(ranking, body))
+            return _json((stamp if stamped else {}) | method(ranking, body, request_id))
 
         status = 200
         try:
@@ -276,7 +252,8 @@ class RankingService:
     """BentoML's side: where the ranker is, and when the service is ready."""
 
     def __init__(self) -> None:
-        self.ranking = Ranking(ranker_folder(), os.environ.get(FEATURE_STORE))
+        config = serving_config(os.environ)
+        self.ranking = Ranking(ranker_folder(), os.environ.get(FEATURE_STORE), config)
         app.state.ranking = self.ranking
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
@@ -289,12 +266,23 @@ class RankingService:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
-        """Stop background work."""
+        """Stop background work; what the feature log holds is written."""
         self.ranking.close()
 
     def __is_ready__(self) -> bool:
         """Ready when ``/predict`` works and the feature store, if any, has been tried once."""
         return self.ranking.store.state != "opening"
+
+
+def serving_config(environment: Mapping[str, str]) -> ServingConfig:
+    """The settings that the environment gives.
+
+    Raises:
+        ValidationError: pydantic's; names every setting that is out of bounds.
+    """
+    config = ServingConfig.model_validate_json(environment.get(SERVING, "{}"))
+    folder = environment.get(FEATURE_LOG)
+    return config.model_copy(update={"feature_log": folder}) if folder else config
 
 
 def ranker_folder() -> Path:
@@ -405,13 +393,10 @@ def _json(answer: Answer) -> bytes:
     return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
 
 
-@cache
-def _counters() -> tuple[Counter, Counter, Counter]:
-    """Made late: BentoML's server says where metrics go only after it has loaded this module."""
-    from prometheus_client import Counter
-
-    return (
-        Counter("fathom_ranked_items", "Candidates ranked"),
-        Counter("fathom_unknown_items", "Candidates that the feature store does not know"),
-        Counter("fathom_unknown_users", "Requests of users that the feature store does not know"),
-    )
+def _count(known: Known) -> None:
+    counters = metrics()
+    counters.ranked_items.inc(len(known.items))
+    counters.unknown_items.inc(int((~known.items).sum()))
+    counters.unknown_users.inc(int(not known.user))
+    counters.degraded_requests.inc(int(known.degraded))
+    counters.expired_rows.inc(known.expired)

@@ -1,0 +1,140 @@
+"""What a service runs on: its settings, and a feature store that is opened, kept fresh, watched."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fathom import api
+from fathom.metrics import metrics
+from fathom.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    from fathom.online import OnlineFeatures
+
+#: Between two attempts to open a feature store, or to refresh one after a failure.
+RETRY_SECONDS = 10.0
+
+# A child of BentoML's logger, which is the one that its server formats and prints.
+log = logging.getLogger("bentoml.fathom")
+
+
+class ServingConfig(BaseModel):
+    """How the service runs (``params:serving``).
+
+    Args:
+        refresh_seconds: how often it looks for newer features of items and contexts.
+        read_seconds: how long it waits for the online store before it ranks without the user's
+            features.
+        feature_log: folder for the feature vectors of all ranked candidates; null logs none.
+        feature_log_mb: most disk that the folder may take, in MiB; the oldest segments go first.
+        segment_rows, segment_seconds: a segment of the log is closed at so many rows, or when it is
+            so old. A crash loses the open one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    refresh_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    read_seconds: float = Field(default=0.5, gt=0, le=30)
+    feature_log: str | None = None
+    feature_log_mb: int = Field(default=1024, ge=1)
+    segment_rows: int = Field(default=50_000, ge=1, le=1_000_000)
+    segment_seconds: float = Field(default=60.0, gt=0, le=86_400)
+
+
+class OnlineStore:
+    """The feature store of a service, opened and refreshed in the background.
+
+    What fails is tried again: until it is open, ``/rank`` is refused; after that it goes on with
+    the features it has.
+
+    Args:
+        settings: JSON of `fathom.feature_store.FeatureStoreConfig` and its ``root``; None for a
+            service without a feature store.
+    """
+
+    def __init__(
+        self, settings: str | None, spec: FeatureSpec, config: ServingConfig | None = None
+    ) -> None:
+        self.features: OnlineFeatures | None = None
+        #: ``absent``, ``opening``, ``ready`` or ``failed``.
+        self.state = "opening" if settings else "absent"
+        self._config = config or ServingConfig()
+        self._closed = threading.Event()
+        if settings:
+            from fathom.feature_store import FeatureRepo, FeatureStoreConfig
+
+            found = json.loads(settings)
+            root = Path(found.pop("root"))
+            repo = FeatureRepo(FeatureStoreConfig(**found), root)
+            thread = threading.Thread(target=self._run, args=(repo, spec), daemon=True)
+            thread.start()
+
+    def close(self) -> None:
+        """Stop trying."""
+        self._closed.set()
+        if self.features is not None:
+            self.features.close()
+
+    def require(self) -> OnlineFeatures:
+        """The features, or the reason to refuse a request that needs them.
+
+        Raises:
+            RefusedError: status 503.
+        """
+        if self.features is not None:
+            return self.features
+        reason = {
+            "absent": "this service has no feature store; set FATHOM_FEATURE_STORE and start it "
+            "again",
+            "opening": "the feature store is being opened; try again",
+            "failed": "the feature store cannot be opened, see the service's log; try again",
+        }[self.state]
+        headers = {} if self.state == "absent" else {"Retry-After": f"{RETRY_SECONDS:.0f}"}
+        raise api.RefusedError(503, f"{reason} (/predict takes rows of features)", headers=headers)
+
+    def described(self) -> dict[str, Any]:
+        """Its state, ``degraded`` while the online store is down, and the tables' moment."""
+        features = self.features
+        if features is None:
+            return {"feature_store": self.state, "tables_as_of": None}
+        state = "degraded" if features.degraded else "ready"
+        return {"feature_store": state, "tables_as_of": features.tables_as_of.isoformat()}
+
+    def _run(self, repo: Any, spec: FeatureSpec) -> None:
+        started = time.monotonic()
+        while not self._closed.is_set() and self.features is None:
+            try:
+                from fathom.online import OnlineFeatures
+
+                self.features = OnlineFeatures.open(repo, spec, self._config.read_seconds)
+                self.state = "ready"
+                log.info("feature store opened after %.1f s", time.monotonic() - started)
+            except Exception:
+                log.exception("%s: the feature store cannot be opened", repo.folder)
+                self.state = "failed"
+                self._closed.wait(RETRY_SECONDS)
+        wait = self._config.refresh_seconds
+        while not self._closed.wait(wait):
+            wait = self._config.refresh_seconds if self._refresh(repo) else RETRY_SECONDS
+
+    def _refresh(self, repo: Any) -> bool:
+        """Load what is newer, if anything; whether that went well."""
+        assert self.features is not None
+        started = time.monotonic()
+        try:
+            if self.features.refresh():
+                metrics().refreshes.inc()
+                taken, moment = time.monotonic() - started, self.features.tables_as_of
+                log.info("features as of %s loaded in %.1f s", moment.isoformat(), taken)
+            return True
+        except Exception:
+            metrics().refresh_failures.inc()
+            log.exception("%s: newer features cannot be loaded; the old ones stay", repo.folder)
+            return False
