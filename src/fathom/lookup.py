@@ -78,7 +78,7 @@ class Index:
         place, stages = codes[0], []
         for part, size in zip(codes[1:], sizes[1:], strict=True):
             mixed = place * (size + 1) + part
-            stages.append(np.unique(mixed))
+            stages.append(_distinct(mixed))
             place = np.searchsorted(stages[-1], mixed)
         return cls(tuple(sizes), tuple(stages)), place
 
@@ -120,6 +120,14 @@ def places_among(held: Sequence[Numbers], wanted: Sequence[Numbers], size: int) 
     order = np.argsort(held[0])
     found = _find(held[0].take(order), wanted[0])
     return np.where(found < 0, -1, order.take(found, mode="clip")) if len(order) else found
+
+
+def _distinct(numbers: Numbers) -> Numbers:
+    """The numbers, rising, each once. (`numpy.unique` would stop all other threads meanwhile.)"""
+    rising = np.sort(numbers)
+    first = np.ones(len(rising), np.bool_)
+    np.not_equal(rising[1:], rising[:-1], out=first[1:])
+    return rising if first.all() else rising[first]
 
 
 def _find(rising: Numbers, wanted: Numbers) -> Numbers:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fathom.aggregates import view_keys
 from fathom.batch import Ragged
 from fathom.encoding import Values, complete, expire, with_ratios
 from fathom.feature_store import FeatureRepo
@@ -26,7 +27,6 @@ from fathom.lookup import Numbers, places_among, spread
 from fathom.online_tables import (
     KeyedTable,
     Tables,
-    by_of,
     depends_on_the_moment,
     part,
     source_of,
@@ -80,9 +80,12 @@ class OnlineFeatures:
 
         Args:
             read_seconds: how long the read of a user's row may take before the answer does without.
+
+        Raises:
+            FeatureStoreError: the registry or a source is not the spec's; names what is.
         """
         plan = _Plan.of(spec)
-        rows = UserRows(repo.open(), spec.entities.user, plan.user_fields, read_seconds)
+        rows = UserRows(repo.check(spec), spec.entities.user, plan.user_fields, read_seconds)
         return cls(repo, plan, rows, Tables.load(repo, spec))
 
     def close(self) -> None:
@@ -173,9 +176,9 @@ class _Plan:
     def of(cls, spec: FeatureSpec) -> _Plan:
         user = spec.entities.user
         own = ["users"] if spec.held("users") else []
-        own += [view for view in spec.views if by_of(spec, view) == (user,)]
+        own += [view for view in spec.views if view_keys(spec, view) == [user]]
         packed = {
-            view: tuple(key for key in by_of(spec, view) if key != user)
+            view: tuple(key for key in view_keys(spec, view) if key != user)
             for view in spec.views
             if is_packable(spec, view)
         }

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from fathom.aggregates import view_keys
 from fathom.encoding import Values, complete
 from fathom.feature_store import FeatureRepo, frame_of, to_arrow
 from fathom.features import stamp_name, stored_name
 from fathom.lookup import Codes, Index, Numbers, ordered
-from fathom.spec import ATTRIBUTES, EVENT_TIMESTAMP, Column, FeatureSpec
+from fathom.spec import EVENT_TIMESTAMP, Column, FeatureSpec
 
 AllCodes = Mapping[str, Codes]
 
@@ -136,7 +137,7 @@ def tables_of(spec: FeatureSpec) -> dict[str, tuple[str, ...]]:
         {"items": (spec.entities.item,)} if spec.held("items") else {}
     )
     for view in spec.views:
-        by = by_of(spec, view)
+        by = view_keys(spec, view)
         if spec.entities.user not in by:
             # What all candidates share comes first, so that they lie side by side in the index.
             views[view] = tuple(sorted(by, key=lambda key: spec.owner(key) == "item"))
@@ -145,16 +146,8 @@ def tables_of(spec: FeatureSpec) -> dict[str, tuple[str, ...]]:
 
 def keys_of(spec: FeatureSpec) -> list[str]:
     """Key columns of the spec's views, but for the user; the item in any case."""
-    keys = [key for view in spec.views for key in by_of(spec, view)]
+    keys = [key for view in spec.views for key in view_keys(spec, view)]
     return [key for key in dict.fromkeys([spec.entities.item, *keys]) if key != spec.entities.user]
-
-
-def by_of(spec: FeatureSpec, view: str) -> tuple[str, ...]:
-    """The keys of a view of aggregates."""
-    assert view not in ATTRIBUTES
-    aggregate = spec.views[view][0].aggregate
-    assert aggregate is not None
-    return aggregate.by
 
 
 def part(spec: FeatureSpec, columns: Sequence[Column]) -> FeatureSpec:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from fathom import feature_log
+from fathom.aggregates import view_keys
 from fathom.batch import Ragged
 from fathom.encoding import Values, with_ratios
 from fathom.feature_log import DEGRADED, MOMENT, PROBABILITY, REQUEST, ROW, TABLES_AS_OF
@@ -291,9 +292,7 @@ def _rebuilt(
 
 def _attributes(spec: FeatureSpec, view: str) -> list[str]:
     """The user's attributes among the keys of a view."""
-    aggregate = spec.views[view][0].aggregate
-    assert aggregate is not None
-    others = [key for key in aggregate.by if key != spec.entities.user]
+    others = [key for key in view_keys(spec, view) if key != spec.entities.user]
     return [key for key in others if spec.owner(key) == "user"]
 
 

@@ -187,11 +187,3 @@ def test_the_file_says_which_computation_it_is_of(tmp_path):
 
     SnapshotsDataset(str(tmp_path)).save({"acts": _update(3, 1, anew=True)})
     assert pq.read_metadata(tmp_path / "acts/000003.parquet").metadata[b"lineage"] == b"lineage"
-
-
-def test_a_dataset_of_a_nodes_own_past_says_that_it_is_one(tmp_path):
-    """Who skips nodes whose inputs are as they were must not count it among the inputs."""
-    folders = [str(tmp_path / name) for name in ("carry", "views", "packed")]
-    assert PastDataset(*folders).own_past
-    assert not hasattr(CarryDataset(*folders), "own_past")
-    assert PastDataset(*folders).load() == {}

@@ -82,8 +82,12 @@ def test_a_new_partition_is_joined_alone_and_gives_the_whole_frame(
 
 @pytest.mark.parametrize(
     "features",
-    [{"lineages": {"user_id_interactions": "second"}}, {"attributes": "others"}],
-    ids=["another computation", "other attributes"],
+    [
+        {"lineages": {"user_id_interactions": "second"}},
+        {"attributes": "others"},
+        {"until": (START + 39 * DAY).isoformat()},
+    ],
+    ids=["another computation", "other attributes", "a shorter past"],
 )
 def test_features_of_another_computation_are_read_anew(
     exposures: pa.Table, caplog: pytest.LogCaptureFixture, features: dict[str, Any]

@@ -238,11 +238,8 @@ class PastDataset(CarryDataset):
     """What earlier runs of a node left for it: `CarryDataset`, as the input of who writes it.
 
     Kedro knows no node that reads its own output, so this is an entry of its own on the same
-    folder. ``own_past`` says so to whoever asks whether a node's inputs have changed: such an
-    input changes with every run of the node, and is no reason for another.
+    folder.
     """
-
-    own_past = True
 
 
 class RawDataset(TablesDataset):

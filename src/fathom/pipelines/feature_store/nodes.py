@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
 if TYPE_CHECKING:
     from ibis.expr.types import Table
     from pyarrow import Table as ArrowTable
+
+    from fathom.feature_store import FeatureRepo
 else:
-    Table = ArrowTable = Any
+    Table = ArrowTable = FeatureRepo = Any
 
 _PARTITION = "partition"
 
@@ -32,12 +35,14 @@ def apply_spec(
     """
     from fathom.feature_store import FeatureRepo
 
-    store = FeatureRepo(config, Path.cwd()).apply(spec)
+    repo = FeatureRepo(config, Path.cwd())
+    store = repo.apply(spec)
     return {
         "spec_hash": spec.hash,
         "views": sorted(v.name for v in store.list_batch_feature_views() if "spec" in v.tags),
         "crosses": [cross.name for cross in spec.crosses],
         **features_state,
+        "needs": _databases(repo),
     }
 
 
@@ -76,6 +81,7 @@ def read_training_frame(
         "spec_hash": spec.hash,
         "lineages": feature_store_state["lineages"],
         "attributes": feature_store_state["attributes"],
+        "until": feature_store_state["until"],
         "partitions": _fingerprints(wanted),
     }
     kept = _reusable(previous_training_frame, previous_training_frame_state, state)
@@ -100,10 +106,14 @@ def materialise_online(
     from fathom.feature_store import FeatureRepo
 
     until = datetime.fromisoformat(feature_store_state["until"])
-    written = FeatureRepo(config, Path.cwd()).materialise(
-        spec, until, feature_store_state["lineages"]
-    )
-    return {"until": until.isoformat(), "written": written}
+    repo = FeatureRepo(config, Path.cwd())
+    written = repo.materialise(spec, until, feature_store_state["lineages"])
+    return {"until": until.isoformat(), "written": written, "needs": _databases(repo)}
+
+
+def _databases(repo: FeatureRepo) -> list[str]:
+    """What the embedded registry and online store lie in; if it is gone, so is what was done."""
+    return [os.path.relpath(path) for path in sorted(repo.folder.glob("*.db"))]
 
 
 def _fingerprints(table: Table) -> dict[str, list[int]]:
@@ -124,7 +134,9 @@ def _reusable(frame: Table | None, before: dict[str, Any] | None, now: dict[str,
         return []
     alike = all(before[name] == now[name] for name in ("spec_hash", "lineages", "attributes"))
     held: dict[str, list[int]] = before["partitions"]
-    if not alike or any(now["partitions"].get(name) != found for name, found in held.items()):
+    back = datetime.fromisoformat(before["until"]) > datetime.fromisoformat(now["until"])
+    changed = any(now["partitions"].get(name) != found for name, found in held.items())
+    if changed or back or not alike:
         return []
     rows = int(frame.count().execute())
     # A run that died between writing the frame and writing this leaves a frame that has more.
