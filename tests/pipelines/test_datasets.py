@@ -13,7 +13,6 @@ from fathom.pipelines.datasets import (
     AtomicDataset,
     CarryDataset,
     FolderDataset,
-    PastDataset,
     RawDataset,
     SnapshotsDataset,
     TableDataset,
