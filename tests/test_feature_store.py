@@ -819,7 +819,8 @@ def test_what_is_older_than_its_view_allows_is_missing_when_it_is_read(tmp_path:
     assert frame["genre"].to_pylist() == ["tea", None, None, None]
     # An attribute that is too old to be read is too old to be a key.
     assert frame["genre_acts"].to_pylist() == [1, 0, 0, 0]
-    assert made.repo.open().get_feature_view("items").ttl == DAY
+    view = made.repo.open().get_feature_view("items")
+    assert (view.tags["max_age_days"], view.ttl) == ("1", timedelta(0))
 
 
 def test_a_replay_reads_users_and_tables_as_of_the_moments_that_serving_had_reached(

@@ -167,8 +167,7 @@ def evaluate_cross(cross: Cross, spec: FeatureSpec, frame: Frame) -> Keys | Ragg
 def expire(frame: Frame, spec: FeatureSpec, views: Iterable[str]) -> tuple[dict[str, Values], int]:
     """Take away what is older than its view allows (`FeatureSpec.max_age_days`).
 
-    Feast's ``ttl`` says the same of offline joins, and nothing of online reads; both ways of
-    reading call this.
+    Both ways of reading call this. (Feast's ``ttl`` bounds offline joins only.)
 
     Args:
         frame: fields of the views, their moments (`fathom.features.stamp_name`) among them, and

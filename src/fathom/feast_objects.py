@@ -144,11 +144,12 @@ def _view(
         entities=[entities[key] for key in by],
         schema=[_field(spec, field, column) for field, column in stored_fields(spec, name).items()],
         source=_file_source(name, sources(name)),
-        ttl=spec.max_age(name) or _FOREVER,
+        # Ages are `fathom.encoding.expire`'s, offline and online: Feast's own hold offline only.
+        ttl=_FOREVER,
         online=by == (spec.entities.user,),
         owner=spec.maintainer,
         description=f"{name}: {held}",
-        tags={"spec": spec.hash[:12], "owner": _owner(spec, by)},
+        tags={"spec": spec.hash[:12], "owner": _owner(spec, by), **_age_tag(spec, name)},
     )
 
 
@@ -175,13 +176,17 @@ def _packed_view(
             *fields,
         ],
         source=_file_source(name, sources(name)),
-        # An entry's age is its own (`fathom.encoding.expire`), not the row's.
         ttl=_FOREVER,
         online=True,
         owner=spec.maintainer,
         description=f"{view}, one row per user",
-        tags={"spec": spec.hash[:12], "owner": "user"},
+        tags={"spec": spec.hash[:12], "owner": "user", **_age_tag(spec, view)},
     )
+
+
+def _age_tag(spec: FeatureSpec, view: str) -> dict[str, str]:
+    days = spec.max_age_days.get(view)
+    return {} if days is None else {"max_age_days": f"{days:g}"}
 
 
 def _field(

@@ -200,6 +200,7 @@ class FeatureRepo:
                     start = datetime.fromisoformat(known["until"]) + _MICROSECOND
                 if known and datetime.fromisoformat(known["until"]) > until:
                     log.info("%s: online rows are from after %s; written anew", view, until)
+                    self._forget({view})
                     _empty(store, view)
                     start = _EVER
                 written[view] = self._load(store, view, start, until)
@@ -208,6 +209,7 @@ class FeatureRepo:
                         "%s: %d of the sampled online rows differ; written anew", view, lost
                     )
                     # Some stores keep a row that has the same moment as the new one.
+                    self._forget({view})
                     _empty(store, view)
                     written[view] = self._load(store, view, _EVER, until)
                     lost = self._differing(store, view, until)

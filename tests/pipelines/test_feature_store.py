@@ -50,7 +50,7 @@ def read(
         pq.write_table(frame, "last.parquet")
         frame = ibis.read_parquet("last.parquet")
     found, now = read_training_frame(ibis.memtable(exposures), state, frame, then, SPEC, CONFIG)
-    return (found if isinstance(found, pa.Table) else found.to_pyarrow()), now
+    return found.to_pyarrow(), now
 
 
 def joined(caplog: pytest.LogCaptureFixture) -> int:
@@ -140,9 +140,10 @@ def test_swapped_values_of_two_columns_are_another_partition(
     assert joined(caplog) == len(exposures)
 
 
-def test_what_is_online_is_said_by_view(exposures: pa.Table):
+def test_what_is_online_and_where(exposures: pa.Table):
     state = apply_spec(SPEC, CONFIG, FEATURES)
     assert state["views"] == ["items", "user_id_interactions"]
-    first = materialise_online(state, SPEC, CONFIG)
-    assert first["written"] == {"user_id_interactions": small_store.USERS}
-    assert materialise_online(state, SPEC, CONFIG)["written"] == {"user_id_interactions": 0}
+    online = materialise_online(state, SPEC, CONFIG)
+    assert online == materialise_online(state, SPEC, CONFIG)
+    assert online["needs"] == ["features/online.db", "features/registry.db"]
+    assert online["until"] == FEATURES["until"]

@@ -13,11 +13,10 @@ from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
-    from pyarrow import Table as ArrowTable
 
     from fathom.feature_store import FeatureRepo
 else:
-    Table = ArrowTable = FeatureRepo = Any
+    Table = FeatureRepo = Any
 
 _PARTITION = "partition"
 
@@ -53,7 +52,7 @@ def read_training_frame(
     previous_training_frame_state: dict[str, Any] | None,
     spec: FeatureSpec,
     config: FeatureStoreConfig,
-) -> tuple[Table | ArrowTable, dict[str, Any]]:
+) -> tuple[Table, dict[str, Any]]:
     """Every feature of every clean exposure, as known strictly before it, in the log's order.
 
     Features of an exposure never change while its partition, the spec, the attributes and the
@@ -90,7 +89,7 @@ def read_training_frame(
     log.info("joining %s exposures; %d partitions are as they were", f"{len(spine):,}", len(kept))
     frame = FeatureRepo(config, Path.cwd()).training_frame(spine, spec)
     if not kept:
-        return frame, state
+        return ibis.memtable(frame), state  # as the union below, which gives the same bytes
     assert previous_training_frame is not None
     return ibis.union(previous_training_frame, ibis.memtable(frame)), state
 
@@ -101,14 +100,14 @@ def materialise_online(
     """Load what is new of every user's newest row into the online store.
 
     Returns:
-        Until when, and how many rows were written, by view.
+        Until when. (Not how much was new, or a run that finds nothing new would look different.)
     """
     from fathom.feature_store import FeatureRepo
 
     until = datetime.fromisoformat(feature_store_state["until"])
     repo = FeatureRepo(config, Path.cwd())
-    written = repo.materialise(spec, until, feature_store_state["lineages"])
-    return {"until": until.isoformat(), "written": written, "needs": _databases(repo)}
+    repo.materialise(spec, until, feature_store_state["lineages"])
+    return {"until": until.isoformat(), "needs": _databases(repo)}
 
 
 def _databases(repo: FeatureRepo) -> list[str]:
