@@ -213,8 +213,11 @@ def _apart(task: str, **given: Any) -> Any:
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message; was it out of memory?"]
-        raise BenchmarkError(f"{task} ended with {done.returncode}: {lines[-1]}")
+        who = f"{task} {given.get('store', '')}".strip()
+        if done.returncode < 0:
+            raise BenchmarkError(f"{who} was ended by signal {-done.returncode}: out of memory?")
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise BenchmarkError(f"{who} ended with {done.returncode}: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

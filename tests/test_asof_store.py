@@ -206,6 +206,13 @@ def test_a_feature_lives_until_its_time_to_live_is_over_and_no_longer(views: Vie
     assert found["tags"].to_pylist() == [["a"], ["a"], None]
 
 
+def test_a_time_to_live_may_reach_back_before_all_time(views: Views):
+    views.write([feature("ann", NOON, x=1.0)])
+    view = view_of(views.path, ttl=timedelta(days=2_000_000))
+    found = views.read(entity_rows(("ann", NOON + 365 * DAY)), "visits:x", views=[view])
+    assert found["x"].to_pylist() == [1.0]
+
+
 def test_missing_values_of_the_newest_row_stay_missing(views: Views):
     views.write(
         [
@@ -723,10 +730,11 @@ def view_of(path: Path | str, **more: Any) -> FeatureView:
         timestamp_field="happened",
         created_timestamp_column="created",
     )
+    more.setdefault("ttl", TTL)
     user = more.pop("entities", [Entity(name="user", value_type=ValueType.STRING)])
     names = [Field(name="user", dtype=String)] if user else []
     schema = [*names, Field(name="x", dtype=Float64), Field(name="word", dtype=String)]
-    return FeatureView(name="visits", entities=user, schema=schema, source=source, ttl=TTL, **more)
+    return FeatureView(name="visits", entities=user, schema=schema, source=source, **more)
 
 
 def part(path: Path, rows: list[dict[str, Any]], *names: str) -> Path:
@@ -784,6 +792,16 @@ def test_sources_of_other_kinds_are_read_by_feast(views: Views, tmp_path: Path):
 def span_of(pull: Callable[..., Any], views: Views, source: FileSource, *fields: str) -> pa.Table:
     names = (["user"], list(fields), "happened", "created")
     return pull(views.store.config, source, *names, NOON - DAY, NOON + 2 * DAY).to_arrow()
+
+
+def test_a_folder_can_be_applied_and_materialised(views: Views, tmp_path: Path):
+    part(tmp_path / "visits" / "1.parquet", [feature("ann", NOON, x=1.0), feature("bob", NOON)])
+    part(tmp_path / "visits" / "2.parquet", [feature("ann", NOON + HOUR, x=2.0)], *SCHEMA)
+    views.store.apply([view_of(tmp_path / "visits")])
+    views.store.materialize(NOON - DAY, NOON + DAY, feature_views=["visits"])
+    asked = [{"user": "ann"}, {"user": "bob"}, {"user": "zoe"}]
+    found = views.store.get_online_features(["visits:x"], asked).to_dict()
+    assert found["x"] == [2.0, None, None]
 
 
 def test_materialisation_reads_folders_too(views: Views, folder: Path):

@@ -428,11 +428,8 @@ def _spine(rows: pa.Table, timestamp: str, views: list[_View]) -> pa.Table:
     spine = {_ROW: np.arange(len(rows)), _MOMENT: rows[timestamp]}
     for view in views:
         for key, name in view.keys.items():
-            kind = rows[name].type
-            if pa.types.is_dictionary(kind):
-                kind = kind.value_type
-            elif pa.types.is_null(kind):
-                kind = view.table[key].type().to_pyarrow()
+            missing = pa.types.is_null(rows[name].type)  # all of them: what they would be is lost
+            kind = view.table[key].type().to_pyarrow() if missing else rows[name].type
             spine[name] = rows[name].cast(kind)
     return pa.table(spine)
 
