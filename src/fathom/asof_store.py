@@ -309,7 +309,7 @@ def _asof_join(
     )
     features = {name: joined[name] for name in view.features.values()}
     if view.ttl:
-        alive = joined[_EVENT] + ibis.literal(view.ttl) >= joined[_MOMENT]
+        alive = joined[_EVENT] + _span(view.ttl) >= joined[_MOMENT]
         features = {name: alive.ifelse(value, None) for name, value in features.items()}
     return joined.order_by(_ROW).select(**features)
 
@@ -421,6 +421,11 @@ def _mistyped(rows: pa.Table, view: _View) -> list[str]:
                 f"its '{name}' is {ours}, where feature view '{view.name}' has {theirs}: convert it"
             )
     return faults
+
+
+def _span(time: timedelta) -> Any:
+    """A span of time. (Ibis refuses one of days and microseconds together as a literal.)"""
+    return ibis.interval(microseconds=time // timedelta(microseconds=1))
 
 
 def _spine(rows: pa.Table, timestamp: str, views: list[_View]) -> pa.Table:
