@@ -255,7 +255,9 @@ def test_settings_are_written_for_feasts_own_tools_and_only_when_they_change(
     settings = yaml.safe_load(path.read_text())
     assert settings["offline_store"] == {"type": "fathom.asof_store.AsofOfflineStore"}
     assert settings["online_store"]["path"] == f"{store.repo.folder}/online.db"
-    assert settings["registry"]["path"] == f"sqlite:///{store.repo.folder}/registry.db"
+    assert settings["registry"]["path"] == (
+        f"sqlite:///{store.repo.folder}/registry.db?timeout=60"  # seconds, for concurrent readers
+    )
     before = path.stat()
     store.repo.open()
     assert path.stat().st_ino == before.st_ino
