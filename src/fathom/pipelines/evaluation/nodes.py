@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fathom.baselines import BaselinesConfig
-from fathom.config import SplitConfig
 from fathom.evaluation import EvaluationConfig, GateConfig
-from fathom.pipelines.splits import between
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
 
 if TYPE_CHECKING:
@@ -36,8 +34,8 @@ def score_splits(
     candidate: Ranker,
     validation_batch: Batch,
     test_batch: Batch,
-    training_frame: Table,
-    split: SplitConfig,
+    validation_frame: Table,
+    test_frame: Table,
 ) -> ArrowTable:
     """Score the exposures that the candidate was not trained on.
 
@@ -48,16 +46,20 @@ def score_splits(
 
     spec = candidate.spec
     columns = [*spec.keys, EVENT_TIMESTAMP, spec.label.name, INCLUSION_PROBABILITY]
+    splits = {
+        "validation": (validation_frame, validation_batch),
+        "test": (test_frame, test_batch),
+    }
     parts = []
-    for name, batch in (("validation", validation_batch), ("test", test_batch)):
-        rows = between(training_frame, split, name).select(*columns).to_pyarrow()
+    for name, (frame, batch) in splits.items():
+        rows = frame.select(*columns).to_pyarrow()
         rows = rows.append_column("split", pa.array([name] * len(rows)))
         parts.append(rows.append_column("probability", pa.array(candidate.score_batch(batch))))
     return pa.concat_tables(parts)
 
 
 def fit_baselines(
-    training_frame: Table, spec: FeatureSpec, split: SplitConfig, config: BaselinesConfig
+    train_frame: Table, test_frame: Table, spec: FeatureSpec, config: BaselinesConfig
 ) -> ArrowTable:
     """Fit every baseline on the training split, on the same features, and score the test split.
 
@@ -70,9 +72,8 @@ def fit_baselines(
 
     from fathom import baselines
 
-    train, test = between(training_frame, split, "train"), between(training_frame, split, "test")
-    label = np.asarray(_label(train, spec), np.float64)
-    known, new = _baseline_inputs(_columns(train, spec), _columns(test, spec), spec)
+    label = np.asarray(_label(train_frame, spec), np.float64)
+    known, new = _baseline_inputs(_columns(train_frame, spec), _columns(test_frame, spec), spec)
     predicted = baselines.predict_baselines(known, label, new, config, spec.task)
     return pa.table({name: pa.array(values) for name, values in predicted.items()})
 
@@ -90,11 +91,7 @@ def look_up_champion(candidate_version: str, registry: str) -> dict[str, str | N
 
 
 def score_champion(
-    training_frame: Table,
-    champion: dict[str, str | None],
-    spec: FeatureSpec,
-    split: SplitConfig,
-    registry: str,
+    test_frame: Table, champion: dict[str, str | None], spec: FeatureSpec, registry: str
 ) -> ArrowTable:
     """Score the test split with the champion that the candidate challenges.
 
@@ -111,12 +108,12 @@ def score_champion(
     scores = np.array([], np.float64)
     if version is not None:
         ranker = Registry(Path(registry)).load(version)
-        absent = [c.name for c in ranker.spec.columns if c.name not in training_frame.columns]
+        absent = [c.name for c in ranker.spec.columns if c.name not in test_frame.columns]
         if absent or ranker.spec.label != spec.label:
             log.warning("champion %s cannot score this frame: it reads %s", version, absent)
         else:
             columns = dict.fromkeys([spec.label.name, *(c.name for c in ranker.spec.columns)])
-            test = between(training_frame, split, "test").select(*columns).to_pyarrow()
+            test = test_frame.select(*columns).to_pyarrow()
             scores = ranker.score(frame_of(test))
     return pa.table(
         {"version": pa.array([version] * len(scores), pa.string()), "probability": scores}
@@ -127,9 +124,9 @@ def evaluate(
     predictions: Table,
     baseline_predictions: Table,
     champion_predictions: Table,
-    training_frame: Table,
+    train_frame: Table,
+    test_frame: Table,
     spec: FeatureSpec,
-    split: SplitConfig,
     config: EvaluationConfig,
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, float]]]:
     """Measure the candidate, the baselines and the champion on the test window.
@@ -146,7 +143,7 @@ def evaluate(
     others |= {name: baselines[name].to_numpy() for name in baselines.column_names}
     for name, scores in others.items():
         measured[name] = evaluation.metrics(dataclasses.replace(test, probability=scores))
-    found = evaluation.slices(test, _masks(training_frame, spec, split), config.min_slice_rows)
+    found = evaluation.slices(test, _masks(train_frame, test_frame, spec), config.min_slice_rows)
     return measured, dataclasses.asdict(found), evaluation.reliability(test)
 
 
@@ -155,9 +152,9 @@ def judge(
     predictions: Table,
     champion_predictions: Table,
     metrics: dict[str, Any],
-    training_frame: Table,
+    train_frame: Table,
+    test_frame: Table,
     spec: FeatureSpec,
-    split: SplitConfig,
     gate: GateConfig,
     config: EvaluationConfig,
 ) -> dict[str, Any]:
@@ -177,7 +174,7 @@ def judge(
         evaluation.Candidate(candidate.version, test),
         champion,
         {name: values for name, values in metrics.items() if name in gate.baselines},
-        _masks(training_frame, spec, split),
+        _masks(train_frame, test_frame, spec),
         gate,
         config,
     )
@@ -269,14 +266,14 @@ def _champion(champion_predictions: Table) -> dict[str, Any]:
     return {read["version"][0].as_py(): read["probability"].to_numpy()} if len(read) else {}
 
 
-def _masks(training_frame: Table, spec: FeatureSpec, split: SplitConfig) -> dict[str, Any]:
+def _masks(train_frame: Table, test_frame: Table, spec: FeatureSpec) -> dict[str, Any]:
     """New users, new items, and each common value of each context column, as masks of the test."""
     context = [c.name for c in spec.raw_columns("context") if c.kind == "categorical"]
     names = [spec.entities.user, spec.entities.item, *context]
-    test = between(training_frame, split, "test").select(*names).to_pyarrow()
+    test = test_frame.select(*names).to_pyarrow()
     masks = {}
     for key, name in ((spec.entities.user, "new users"), (spec.entities.item, "new items")):
-        seen = between(training_frame, split, "train").select(key).distinct().to_pyarrow()[key]
+        seen = train_frame.select(key).distinct().to_pyarrow()[key]
         known = set(seen.to_pylist())
         masks[name] = np.array([value not in known for value in test[key].to_pylist()], np.bool_)
     for name in context:

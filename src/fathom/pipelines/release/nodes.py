@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fathom.config import SplitConfig
 from fathom.feature_store import FeatureStoreConfig
-from fathom.pipelines.splits import between
 from fathom.spec import EVENT_TIMESTAMP
 
 if TYPE_CHECKING:
@@ -52,10 +50,10 @@ def write_card(
 def register(
     candidate: Ranker,
     predictions: Table,
-    training_frame: Table,
+    validation_frame: Table,
+    test_frame: Table,
     metrics: dict[str, Any],
     model_card: str,
-    split: SplitConfig,
     config: ReleaseConfig,
     registry: str,
 ) -> dict[str, Any]:
@@ -70,18 +68,17 @@ def register(
 
     spec = candidate.spec
     draw = np.random.default_rng(config.seed)
-    golden = _sample(between(training_frame, split, "test"), config.golden_rows, draw)
+    golden = _sample(test_frame, config.golden_rows, draw)
     frame = frame_of(golden)
     requests = {
         "rows": rows_of_frame(frame, spec, range(len(golden))),
         "probabilities": candidate.score(frame).tolist(),
-        "timestamp": training_frame[EVENT_TIMESTAMP].max().to_pyarrow().as_py().isoformat(),
+        "timestamp": test_frame[EVENT_TIMESTAMP].max().to_pyarrow().as_py().isoformat(),
     }
     columns = dict.fromkeys(
         [*spec.keys, EVENT_TIMESTAMP, spec.label.name, *(column.name for column in spec.columns)]
     )
-    validation = between(training_frame, split, "validation").select(*columns)
-    reference = _sample(validation, config.reference_rows, draw)
+    reference = _sample(validation_frame.select(*columns), config.reference_rows, draw)
     scores = candidate.score(frame_of(reference))
     versions = Registry(Path(registry))
     version = versions.register(

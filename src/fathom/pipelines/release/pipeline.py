@@ -28,10 +28,10 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "candidate",
                     "predictions",
-                    "training_frame",
+                    "validation_frame",
+                    "test_frame",
                     "metrics",
                     "model_card",
-                    "params:split",
                     "params:release",
                     "params:registry",
                 ],

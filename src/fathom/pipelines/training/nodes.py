@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fathom.config import SplitConfig, TrainingConfig
-from fathom.pipelines.splits import between
-from fathom.spec import FeatureSpec
+from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
@@ -24,26 +23,37 @@ else:
 _CURVES = ("epoch", "train_loss", "validation_loss", "wide_zero_share")
 
 
-def encode_splits(
-    training_frame: Table, spec: FeatureSpec, split: SplitConfig
-) -> tuple[Encoder, Batch, Batch, Batch]:
-    """Fit the encoder on the training split alone; encode training, validation and test."""
-    from fathom.encoding import fit_encoder
-    from fathom.feature_store import frame_of
+def split_frame(training_frame: Table, split: SplitConfig) -> tuple[Table, Table, Table]:
+    """Divide the training frame by time, in its order; what lies before ``train_from`` is left out.
 
-    columns = dict.fromkeys([spec.label.name, *(column.name for column in spec.columns)])
+    In files of their own, a new week of one split is no news to what reads another.
 
-    def frame(name: str) -> Any:
-        return frame_of(between(training_frame, split, name).select(*columns).to_pyarrow())
-
-    train = frame("train")
-    encoder = fit_encoder(train, spec)
-    return (
-        encoder,
-        encoder.encode(train),
-        encoder.encode(frame("validation")),
-        encoder.encode(frame("test")),
+    Returns:
+        The training, validation and test split.
+    """
+    moment = training_frame[EVENT_TIMESTAMP]
+    train, validation, test = (
+        split.moment(name) for name in ("train_from", "validation_from", "test_from")
     )
+    return (
+        training_frame.filter((moment >= train) & (moment < validation)),
+        training_frame.filter((moment >= validation) & (moment < test)),
+        training_frame.filter(moment >= test),
+    )
+
+
+def encode_train(train_frame: Table, spec: FeatureSpec) -> tuple[Encoder, Batch]:
+    """Fit the encoder on the training split, and on nothing else, and encode that."""
+    from fathom.encoding import fit_encoder
+
+    frame = _frame(train_frame, spec)
+    encoder = fit_encoder(frame, spec)
+    return encoder, encoder.encode(frame)
+
+
+def encode(encoder: Encoder, split_frame: Table) -> Batch:
+    """Encode another split."""
+    return encoder.encode(_frame(split_frame, encoder.spec))
 
 
 def train_candidate(
@@ -79,6 +89,13 @@ def train_candidate(
     ranker = Ranker(encoder, trained.model, training, provenance)
     curves = [{name: getattr(epoch, name) for name in _CURVES} for epoch in trained.history]
     return ranker, ranker.version, curves
+
+
+def _frame(rows: Table, spec: FeatureSpec) -> Any:
+    from fathom.feature_store import frame_of
+
+    columns = dict.fromkeys([spec.label.name, *(column.name for column in spec.columns)])
+    return frame_of(rows.select(*columns).to_pyarrow())
 
 
 def _data_hash(*batches: Batch) -> str:

@@ -2,18 +2,45 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from fathom.pipelines.training.nodes import encode_splits, plot_training, train_candidate
+from fathom.pipelines.training.nodes import (
+    encode,
+    encode_train,
+    plot_training,
+    split_frame,
+    train_candidate,
+)
 
 
 def create_pipeline() -> Pipeline:
-    """Fit the encoder on the training split, encode all splits, train."""
+    """Split, fit the encoder on the training split, encode all splits, train."""
     return Pipeline(
         [
             Node(
-                encode_splits,
-                name="encode_splits",
-                inputs=["training_frame", "params:features", "params:split"],
-                outputs=["encoder", "train_batch", "validation_batch", "test_batch"],
+                split_frame,
+                name="split_frame",
+                inputs=["training_frame", "params:split"],
+                outputs=["train_frame", "validation_frame", "test_frame"],
+                tags="training",
+            ),
+            Node(
+                encode_train,
+                name="encode_train",
+                inputs=["train_frame", "params:features"],
+                outputs=["encoder", "train_batch"],
+                tags="training",
+            ),
+            Node(
+                encode,
+                name="encode_validation",
+                inputs=["encoder", "validation_frame"],
+                outputs="validation_batch",
+                tags="training",
+            ),
+            Node(
+                encode,
+                name="encode_test",
+                inputs=["encoder", "test_frame"],
+                outputs="test_batch",
                 tags="training",
             ),
             Node(
