@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skops.io
 import yaml
 from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -16,16 +17,16 @@ from sklearn.metrics import log_loss, roc_auc_score
 from threadpoolctl import threadpool_limits
 
 from fathom.baselines import (
+    FILE,
     BaselineError,
+    Baselines,
     BaselinesConfig,
+    Boosting,
+    Constant,
     Inputs,
+    Linear,
+    Popularity,
     _Design,
-    constant,
-    gradient_boosting,
-    logistic_regression,
-    popularity,
-    predict_baselines,
-    ridge,
 )
 
 CONF = Path(__file__).parents[1] / "conf" / "base" / "parameters_evaluation.yml"
@@ -38,6 +39,35 @@ def _one_thread() -> Iterator[None]:
     """On a few thousand rows a second thread has nothing to do but to be waited for."""
     with threadpool_limits(limits=1):
         yield
+
+
+def constant(label: np.ndarray, rows: int, task: str = "binary") -> np.ndarray:
+    return Constant.fit(label, task).predict(Inputs(np.zeros((rows, 1), np.float32)))
+
+
+def popularity(
+    train: np.ndarray, label: np.ndarray, item: np.ndarray, weight: float = 20, task: str = "binary"
+) -> np.ndarray:
+    test = Inputs(np.zeros((len(item), 1), np.float32), item=item)
+    return Popularity.fit(train, label, weight, task).predict(test)
+
+
+def linear(
+    train: Inputs, label: np.ndarray, test: Inputs, config: BaselinesConfig, task: str = "binary"
+) -> np.ndarray:
+    return Linear.fit(train, label, config, task).predict(test)
+
+
+def boosting(
+    train: Inputs, label: np.ndarray, test: Inputs, config: BaselinesConfig, task: str = "binary"
+) -> np.ndarray:
+    return Boosting.fit(train, label, config, task).predict(test)
+
+
+def predicted(
+    train: Inputs, label: np.ndarray, test: Inputs, config: BaselinesConfig, task: str = "binary"
+) -> dict[str, np.ndarray]:
+    return Baselines.fit(train, label, config, task).predict(test)
 
 
 def sigmoid(logit: np.ndarray) -> np.ndarray:
@@ -78,14 +108,14 @@ def test_constant_is_the_mean_label():
 
 def test_popularity_draws_the_items_mean_to_the_overall_mean():
     train, label = np.array([7, 7, 7, 9]), np.array([1.0, 1.0, 1.0, 0.0])
-    found = popularity(train, label, np.array([9, 7, 8, -1, 10**12]), prior_weight=2)
+    found = popularity(train, label, np.array([9, 7, 8, -1, 10**12]), weight=2)
     # The overall mean is 3/4. Item 9: (0 + 2·3/4) / (1 + 2). Item 7: (3 + 2·3/4) / (3 + 2).
     assert found == pytest.approx([0.5, 0.9, 0.75, 0.75, 0.75])
 
 
 def test_popularity_gives_unknown_codes_the_overall_mean_even_if_trained_on():
     train, label = np.array([-1, -1, 3, 3]), np.array([1.0, 1.0, 0.0, 0.0])
-    found = popularity(train, label, np.array([-1, 3]), prior_weight=1)
+    found = popularity(train, label, np.array([-1, 3]), weight=1)
     assert found == pytest.approx([0.5, 0.5 / 3])
 
 
@@ -114,7 +144,7 @@ def test_the_design_scales_logarithms_by_training_statistics():
 def test_logistic_regression_learns_counts_missingness_and_categories():
     train, logit = planted()
     test, truth = planted(seed=1)
-    found = logistic_regression(train, drawn(logit), test, BaselinesConfig())
+    found = linear(train, drawn(logit), test, BaselinesConfig())
     assert np.abs(found - sigmoid(truth)).mean() < 0.03
     assert log_loss(drawn(truth, 1), found) < log_loss(drawn(truth, 1), sigmoid(truth)) + 0.01
 
@@ -123,7 +153,7 @@ def test_logistic_regression_is_scikit_learns_on_the_design():
     train, logit = planted(rows=500)
     design, label = _Design(train)(train).astype(np.float64), drawn(logit)
     oracle = LogisticRegression(C=1 / (1e-2 * 500), tol=1e-9, max_iter=1000).fit(design, label)
-    found = logistic_regression(train, label, train, BaselinesConfig(linear_l2=1e-2))
+    found = linear(train, label, train, BaselinesConfig(linear_l2=1e-2))
     assert found == pytest.approx(oracle.predict_proba(design)[:, 1], abs=1e-4)
 
 
@@ -132,7 +162,7 @@ def test_collinear_columns_do_not_disturb_the_solver():
     twice = Inputs(np.hstack([train.x, train.x[:, :2]]), (2,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the solver warns before it falls back to a slower one
-        found = logistic_regression(twice, drawn(logit), twice, BaselinesConfig())
+        found = linear(twice, drawn(logit), twice, BaselinesConfig())
     assert roc_auc_score(drawn(logit), found) > 0.85
 
 
@@ -140,7 +170,8 @@ def test_ridge_is_scikit_learns_on_the_design():
     train, value = planted(rows=500)
     design = _Design(train)(train).astype(np.float64)
     oracle = Ridge(alpha=1e-4 * 500).fit(design, value).predict(design)
-    assert ridge(train, value, train, BaselinesConfig()) == pytest.approx(oracle, abs=1e-3)
+    found = linear(train, value, train, BaselinesConfig(), "regression")
+    assert found == pytest.approx(oracle, abs=1e-3)
     assert oracle == pytest.approx(value, abs=0.1)
 
 
@@ -153,17 +184,17 @@ def test_gradient_boosting_learns_an_interaction_that_no_linear_model_can():
     x = random.normal(size=(4000, 2)).astype(np.float32)
     label = ((x[:, 0] > 0) != (x[:, 1] > 0)).astype(float)
     train, test = Inputs(x[:2000]), Inputs(x[2000:])
-    boosted = gradient_boosting(train, label[:2000], test, SMALL)
-    linear = logistic_regression(train, label[:2000], test, SMALL)
+    boosted = boosting(train, label[:2000], test, SMALL)
+    straight = linear(train, label[:2000], test, SMALL)
     assert roc_auc_score(label[2000:], boosted) > 0.98
-    assert roc_auc_score(label[2000:], linear) < 0.6
+    assert roc_auc_score(label[2000:], straight) < 0.6
 
 
 def test_gradient_boosting_splits_on_missing_values():
     x = np.random.default_rng(0).normal(size=(2000, 1)).astype(np.float32)
     x[::4] = np.nan
     label = np.isnan(x[:, 0]).astype(float)
-    found = gradient_boosting(Inputs(x), label, Inputs(x), SMALL)
+    found = boosting(Inputs(x), label, Inputs(x), SMALL)
     assert found[label == 1].min() > 0.9
     assert found[label == 0].max() < 0.1
 
@@ -173,7 +204,7 @@ def test_gradient_boosting_takes_a_missing_code_for_a_missing_value():
     code = np.tile([-1, 0, 1, 2], 500).astype(np.float32)[:, None]
     label = (code[:, 0] == -1).astype(float)
     three = np.array([[-1], [0], [np.nan]], dtype=np.float32)
-    found = gradient_boosting(Inputs(code, (0,)), label, Inputs(three, (0,)), SMALL)
+    found = boosting(Inputs(code, (0,)), label, Inputs(three, (0,)), SMALL)
     assert found[0] > 0.9
     assert found[1] < 0.1
     assert found[2] == found[0]
@@ -184,15 +215,15 @@ def test_gradient_boosting_splits_categories_into_sets_not_ranges():
     code = np.random.default_rng(0).integers(0, 40, 4000).astype(np.float32)[:, None]
     stump = SMALL.model_copy(update={"boosting_leaves": 2, "boosting_iterations": 30})
     inputs, label = Inputs(code, (0,)), code[:, 0] % 2
-    assert roc_auc_score(label, gradient_boosting(inputs, label, inputs, stump)) > 0.99
+    assert roc_auc_score(label, boosting(inputs, label, inputs, stump)) > 0.99
     as_number = Inputs(code)
-    assert roc_auc_score(label, gradient_boosting(as_number, label, as_number, stump)) < 0.9
+    assert roc_auc_score(label, boosting(as_number, label, as_number, stump)) < 0.9
 
 
 def test_gradient_boosting_of_a_numeric_label_follows_its_mean():
     train, value = planted()
     test, truth = planted(seed=1)
-    found = gradient_boosting(train, value, test, SMALL, task="regression")
+    found = boosting(train, value, test, SMALL, task="regression")
     assert np.sqrt(np.mean((found - truth) ** 2)) < 0.3 * np.std(truth)
 
 
@@ -202,7 +233,7 @@ def test_gradient_boosting_of_a_numeric_label_follows_its_mean():
 def test_every_baseline_is_fitted_in_order_and_what_knows_more_predicts_better():
     train, logit = planted()
     test, truth = planted(seed=1)
-    found = predict_baselines(train, drawn(logit), test, SMALL)
+    found = predicted(train, drawn(logit), test, SMALL)
     assert list(found) == ["constant", "popularity", "logistic_regression", "gradient_boosting"]
     label = drawn(truth, 1)
     for values in found.values():
@@ -216,7 +247,7 @@ def test_every_baseline_is_fitted_in_order_and_what_knows_more_predicts_better()
 
 def test_regression_baselines_keep_the_names_but_for_the_linear_one():
     train, value = planted(rows=500)
-    found = predict_baselines(train, value, train, SMALL, task="regression")
+    found = predicted(train, value, train, SMALL, task="regression")
     assert list(found) == ["constant", "popularity", "ridge", "gradient_boosting"]
     errors = {name: np.sqrt(np.mean((values - value) ** 2)) for name, values in found.items()}
     assert errors["ridge"] < errors["gradient_boosting"] < errors["popularity"]
@@ -225,12 +256,12 @@ def test_regression_baselines_keep_the_names_but_for_the_linear_one():
 def test_without_items_there_is_no_popularity():
     train, logit = planted(rows=500)
     bare = Inputs(train.x, train.categorical)
-    assert "popularity" not in predict_baselines(bare, drawn(logit), bare, SMALL)
+    assert "popularity" not in predicted(bare, drawn(logit), bare, SMALL)
 
 
 def test_the_same_seed_gives_the_same_predictions():
     train, logit = planted(rows=1000)
-    first, again = (predict_baselines(train, drawn(logit), train, SMALL) for _ in range(2))
+    first, again = (predicted(train, drawn(logit), train, SMALL) for _ in range(2))
     for name, values in first.items():
         assert np.array_equal(values, again[name]), name
 
@@ -238,7 +269,7 @@ def test_the_same_seed_gives_the_same_predictions():
 def test_inputs_are_left_as_they_were():
     train, logit = planted(rows=500)
     before = train.x.copy()
-    predict_baselines(train, drawn(logit), train, SMALL)
+    predicted(train, drawn(logit), train, SMALL)
     assert np.array_equal(train.x, before, equal_nan=True)
 
 
@@ -248,12 +279,34 @@ def test_probabilities_are_never_certain_even_when_the_label_is_separable():
     eager = BaselinesConfig(
         popularity_prior_weight=1e-12, linear_l2=1e-5, boosting_l2=1e-9, boosting_learning_rate=1
     )
-    found = predict_baselines(inputs, label, inputs, eager)
+    found = predicted(inputs, label, inputs, eager)
     for name, values in found.items():
         assert values.min() >= 1e-7, name
         assert values.max() <= 1 - 1e-7, name
     assert found["popularity"].max() == 1 - 1e-7
     assert log_loss(label, found["gradient_boosting"]) < -log(1 - 1e-3)
+
+
+# --- kept in a file ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["binary", "regression"])
+def test_baselines_read_from_a_file_predict_the_same(tmp_path, task):
+    train, logit = planted(rows=500)
+    label = drawn(logit) if task == "binary" else logit
+    fitted = Baselines.fit(train, label, SMALL, task, codes={"brand": ["private", "national"]})
+    fitted.save(tmp_path)
+    read = Baselines.load(tmp_path)
+    assert read.codes == {"brand": ["private", "national"]}
+    test, _ = planted(seed=1)
+    for name, values in fitted.predict(test).items():
+        assert np.array_equal(read.predict(test)[name], values), name
+
+
+def test_a_file_that_names_other_types_is_refused(tmp_path):
+    skops.io.dump(Baselines({"constant": Path("elsewhere").joinpath}, 1), tmp_path / FILE)
+    with pytest.raises(skops.io.exceptions.UntrustedTypesFoundException, match="pathlib"):
+        Baselines.load(tmp_path)
 
 
 # --- what is refused ---------------------------------------------------------------------------
@@ -280,13 +333,14 @@ def test_features_are_a_float32_matrix(x):
 
 
 def test_train_and_test_must_fit_each_other():
-    train, test = Inputs(np.zeros((2, 3), np.float32), (1,)), Inputs(np.zeros((2, 2), np.float32))
+    train, logit = planted(rows=500)
+    fitted = Baselines.fit(train, drawn(logit), SMALL)
     with pytest.raises(BaselineError) as error:
-        predict_baselines(train, np.ones(2), test, SMALL)
+        fitted.predict(Inputs(np.zeros((2, 2), np.float32)))
     assert error.value.faults == [
-        "label: holds the values [1.0]; a binary task needs both 0 and 1",
-        "test: 2 features, train has 3; give the same",
-        "categorical: [1] in train, [] in test; give the same",
+        "test: 2 features, train has 4; give the same",
+        "categorical: [2] in train, [] in test; give the same",
+        "item: none in test, train has them; give the same",
     ]
 
 
@@ -301,7 +355,7 @@ def test_train_and_test_must_fit_each_other():
 def test_labels_that_cannot_be_learned_from_are_refused(label, message):
     inputs = Inputs(np.zeros((2, 1), np.float32))
     with pytest.raises(BaselineError, match=message):
-        predict_baselines(inputs, label, inputs, SMALL)
+        predicted(inputs, label, inputs, SMALL)
 
 
 # --- configuration -----------------------------------------------------------------------------

@@ -8,13 +8,16 @@
 ``gradient_boosting``   histogram-based boosted trees
 ======================  ==========================================================
 
-Each function fits on training rows and predicts others: (N,) float64, the probabilities of a
-binary task strictly between 0 and 1.
+Each is fitted on training rows and then predicts others: (N,) float64, the probabilities of a
+binary task strictly between 0 and 1. They can be kept in a file, so that a new week is predicted
+without fitting them again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,19 @@ Matrix = npt.NDArray[np.float32]
 
 #: Trees put a feature into at most 255 bins, so a categorical has at most as many values.
 MAX_CATEGORIES = 255
+
+
+FILE = "baselines.skops"
+#: What a file of baselines may hold beside numbers, text and scikit-learn's own linear models.
+_TRUSTED = [
+    *(
+        f"fathom.baselines.{name}"
+        for name in ("Baselines", "Boosting", "Constant", "Linear", "Popularity", "_Design")
+    ),
+    "functools.partial",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    "sklearn.utils.validation.check_array",
+]
 
 
 class BaselineError(ValueError):
@@ -106,109 +122,202 @@ class Inputs:
             raise BaselineError(faults)
 
 
-def predict_baselines(
-    train: Inputs, label: Floats, test: Inputs, config: BaselinesConfig, task: Task = "binary"
-) -> dict[str, Floats]:
-    """Fit every baseline on the training rows and predict the test rows.
+@dataclass(frozen=True, eq=False)
+class Baselines:
+    """Fitted baselines by name, in the order of the module's table.
 
     Args:
-        label: (N,) of the training rows; 0 or 1 in a binary task.
-
-    Returns:
-        name → predictions (rows of ``test``,), in the order of the module's table; popularity is
-        absent if the items are.
-
-    Raises:
-        BaselineError: train, label and test do not fit each other.
+        models: each predicts `Inputs` like those that it was fitted on.
+        columns, categorical: the number of those inputs' features, and which are codes.
+        codes: of the caller's own, kept beside: the values that its codes stand for, by column.
     """
-    _check(train, label, test, task)
-    found = {"constant": constant(label, test.x.shape[0], task)}
-    if train.item is not None and test.item is not None:
-        weight = config.popularity_prior_weight
-        found["popularity"] = popularity(train.item, label, test.item, weight, task)
-    linear = {"binary": "logistic_regression", "regression": "ridge"}[task]
-    found[linear] = (logistic_regression if task == "binary" else ridge)(train, label, test, config)
-    found["gradient_boosting"] = gradient_boosting(train, label, test, config, task)
-    return found
+
+    models: Mapping[str, Constant | Popularity | Linear | Boosting]
+    columns: int
+    categorical: tuple[int, ...] = ()
+    codes: Mapping[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        train: Inputs,
+        label: Floats,
+        config: BaselinesConfig,
+        task: Task = "binary",
+        codes: Mapping[str, list[str]] | None = None,
+    ) -> Baselines:
+        """Fit every baseline on the training rows; popularity is absent if the items are.
+
+        Args:
+            label: (N,), 0 or 1 in a binary task.
+
+        Raises:
+            BaselineError: the label does not fit the rows or the task; names every fault.
+        """
+        _check(train, label, task)
+        models: dict[str, Constant | Popularity | Linear | Boosting] = {
+            "constant": Constant.fit(label, task)
+        }
+        if train.item is not None:
+            weight = config.popularity_prior_weight
+            models["popularity"] = Popularity.fit(train.item, label, weight, task)
+        linear = {"binary": "logistic_regression", "regression": "ridge"}[task]
+        models[linear] = Linear.fit(train, label, config, task)
+        models["gradient_boosting"] = Boosting.fit(train, label, config, task)
+        return cls(models, train.x.shape[1], tuple(sorted(set(train.categorical))), codes or {})
+
+    def predict(self, test: Inputs) -> dict[str, Floats]:
+        """Predictions by name, each (rows of ``test``,).
+
+        Raises:
+            BaselineError: the inputs are not like those of the fit; names every fault.
+        """
+        faults = []
+        if test.x.shape[1] != self.columns:
+            found = f"{test.x.shape[1]} features, train has {self.columns}"
+            faults.append(f"test: {found}; give the same")
+        if set(test.categorical) != set(self.categorical):
+            both = f"{sorted(self.categorical)} in train, {sorted(test.categorical)} in test"
+            faults.append(f"categorical: {both}; give the same")
+        if test.item is None and "popularity" in self.models:
+            faults.append("item: none in test, train has them; give the same")
+        if faults:
+            raise BaselineError(faults)
+        return {name: model.predict(test) for name, model in self.models.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write `FILE` into a folder, without pickling (skops)."""
+        import skops.io
+
+        folder.mkdir(parents=True, exist_ok=True)
+        skops.io.dump(self, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Baselines:
+        """Read what `save` wrote; nothing but the types of `_TRUSTED` is made of it.
+
+        Raises:
+            skops.io.exceptions.UntrustedTypesFoundException: the file names any other type.
+        """
+        import skops.io
+
+        loaded: Baselines = skops.io.load(folder / FILE, trusted=_TRUSTED)
+        return loaded
 
 
-def constant(label: Floats, rows: int, task: Task = "binary") -> Floats:
-    """The mean training label, ``rows`` times."""
-    return _bounded(np.full(rows, np.mean(label, dtype=np.float64)), task)
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """The mean training label."""
+
+    mean: float
+    task: Task
+
+    @classmethod
+    def fit(cls, label: Floats, task: Task = "binary") -> Constant:
+        return cls(float(np.mean(label, dtype=np.float64)), task)
+
+    def predict(self, test: Inputs) -> Floats:
+        return _bounded(np.full(test.x.shape[0], self.mean), self.task)
 
 
-def popularity(
-    train_item: Ints, label: Floats, item: Ints, prior_weight: float = 20.0, task: Task = "binary"
-) -> Floats:
+@dataclass(frozen=True, eq=False)
+class Popularity:
     """Mean label of each item, drawn to the overall mean: (Σ y + mean·w) / (rows + w).
 
+    Items that were not in training, and codes below 0, get the overall mean.
+
     Args:
-        train_item, label: (N,) of the training rows.
-        item: (K,) to predict; those not in training, and codes below 0, get the overall mean.
-        prior_weight: w, in rows.
+        items, rates: (K,) the training rows' items, rising, and their rates.
     """
-    mean = float(np.mean(label, dtype=np.float64))
-    items, code = np.unique(train_item, return_inverse=True)
-    rate = np.bincount(code, label) + mean * prior_weight
-    rate /= np.bincount(code) + prior_weight
-    place = np.minimum(np.searchsorted(items, item), items.size - 1)
-    known = (items[place] == item) & (item >= 0)
-    return _bounded(np.where(known, rate[place], mean), task)
+
+    items: Ints
+    rates: Floats
+    mean: float
+    task: Task
+
+    @classmethod
+    def fit(
+        cls, item: Ints, label: Floats, prior_weight: float = 20.0, task: Task = "binary"
+    ) -> Popularity:
+        """From the items and labels (N,) of the training rows; the weight w is in rows."""
+        mean = float(np.mean(label, dtype=np.float64))
+        items, code = np.unique(item, return_inverse=True)
+        rates: Floats = np.bincount(code, label) + mean * prior_weight
+        rates /= np.bincount(code) + prior_weight
+        return cls(items, rates, mean, task)
+
+    def predict(self, test: Inputs) -> Floats:
+        assert test.item is not None
+        place = np.minimum(np.searchsorted(self.items, test.item), self.items.size - 1)
+        known = (self.items[place] == test.item) & (test.item >= 0)
+        return _bounded(np.where(known, self.rates[place], self.mean), self.task)
 
 
-def logistic_regression(
-    train: Inputs, label: Floats, test: Inputs, config: BaselinesConfig
-) -> Floats:
-    """L2-regularised logistic regression on the design of `_Design`."""
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Logistic regression, or ridge for numbers, with L2, on the design of `_Design`."""
 
-    design = _Design(train)
-    inverse = 1 / (config.linear_l2 * label.size)
-    # Few columns and many rows: a Newton step costs one matrix product, and about six converge.
-    model = LogisticRegression(C=inverse, solver="newton-cholesky", max_iter=50)
-    # Thin products gain little from a second BLAS thread, and on a busy machine the threads wait
-    # for each other: 1.25 million rows by 113 columns took 6 s of one core, or 48 s of two.
-    with threadpool_limits(limits=1, user_api="blas"):
-        model.fit(design(train), label)
-        return _bounded(model.predict_proba(design(test))[:, 1], "binary")
+    design: _Design
+    model: Any
+    task: Task
+
+    @classmethod
+    def fit(
+        cls, train: Inputs, label: Floats, config: BaselinesConfig, task: Task = "binary"
+    ) -> Linear:
+        from sklearn.linear_model import LogisticRegression, Ridge
+
+        design = _Design(train)
+        penalty = config.linear_l2 * label.size
+        if task == "regression":
+            # Ridge sums the squared errors, so a weight against their mean grows with the rows.
+            model = Ridge(alpha=penalty, solver="cholesky")
+        else:
+            # Few columns and many rows: a Newton step costs one matrix product; about six converge.
+            model = LogisticRegression(C=1 / penalty, solver="newton-cholesky", max_iter=50)
+        with _one_blas_thread():
+            model.fit(design(train), label)
+        return cls(design, model, task)
+
+    def predict(self, test: Inputs) -> Floats:
+        with _one_blas_thread():
+            return _bounded(_predicted(self.model, self.design(test), self.task), self.task)
 
 
-def ridge(train: Inputs, label: Floats, test: Inputs, config: BaselinesConfig) -> Floats:
-    """L2-regularised least squares on the design of `_Design`."""
-    from sklearn.linear_model import Ridge
-
-    design = _Design(train)
-    # Ridge sums the squared errors, so a weight against their mean grows with the rows.
-    model = Ridge(alpha=config.linear_l2 * label.size, solver="cholesky")
-    model.fit(design(train), label)
-    return _bounded(model.predict(design(test)), "regression")
-
-
-def gradient_boosting(
-    train: Inputs, label: Floats, test: Inputs, config: BaselinesConfig, task: Task = "binary"
-) -> Floats:
+@dataclass(frozen=True, eq=False)
+class Boosting:
     """Histogram-based gradient boosting (as LightGBM, Ke et al. 2017); NaN has a side of its own.
 
     Features are taken as they are: trees need no scaling.
     """
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-    options: dict[str, Any] = {
-        "max_iter": config.boosting_iterations,
-        "learning_rate": config.boosting_learning_rate,
-        "max_leaf_nodes": config.boosting_leaves,
-        "min_samples_leaf": config.boosting_min_leaf_rows,
-        "l2_regularization": config.boosting_l2,
-        "categorical_features": sorted(set(train.categorical)) or None,
-        "early_stopping": False,
-        "random_state": config.seed,
-    }
-    if task == "regression":
-        model = HistGradientBoostingRegressor(**options).fit(_with_nan(train), label)
-        return _bounded(model.predict(_with_nan(test)), task)
-    model = HistGradientBoostingClassifier(**options).fit(_with_nan(train), label)
-    return _bounded(model.predict_proba(_with_nan(test))[:, 1], task)
+    model: Any
+    task: Task
+
+    @classmethod
+    def fit(
+        cls, train: Inputs, label: Floats, config: BaselinesConfig, task: Task = "binary"
+    ) -> Boosting:
+        from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+        kinds = {
+            "binary": HistGradientBoostingClassifier,
+            "regression": HistGradientBoostingRegressor,
+        }
+        model = kinds[task](
+            max_iter=config.boosting_iterations,
+            learning_rate=config.boosting_learning_rate,
+            max_leaf_nodes=config.boosting_leaves,
+            min_samples_leaf=config.boosting_min_leaf_rows,
+            l2_regularization=config.boosting_l2,
+            categorical_features=sorted(set(train.categorical)) or None,
+            early_stopping=False,
+            random_state=config.seed,
+        )
+        return cls(model.fit(_with_nan(train), label), task)
+
+    def predict(self, test: Inputs) -> Floats:
+        return _bounded(_predicted(self.model, _with_nan(test), self.task), self.task)
 
 
 class _Design:
@@ -270,13 +379,30 @@ def _with_nan(inputs: Inputs) -> Matrix:
     return x
 
 
+def _predicted(model: Any, x: Matrix, task: Task) -> npt.NDArray[Any]:
+    predicted: npt.NDArray[Any]
+    predicted = model.predict(x) if task == "regression" else model.predict_proba(x)[:, 1]
+    return predicted
+
+
+def _one_blas_thread() -> Any:
+    """Thin products gain little from a second BLAS thread.
+
+    On a busy machine the threads wait for each other: 1.25 million rows by 113 columns took 6 s of
+    one core, or 48 s of two.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1, user_api="blas")
+
+
 def _bounded(prediction: npt.NDArray[Any], task: Task) -> Floats:
     values = np.asarray(prediction, dtype=np.float64)
     return np.clip(values, CLIP, 1 - CLIP) if task == "binary" else values
 
 
-def _check(train: Inputs, label: Floats, test: Inputs, task: Task) -> None:
-    rows, columns = train.x.shape
+def _check(train: Inputs, label: Floats, task: Task) -> None:
+    rows = train.x.shape[0]
     faults = []
     if label.shape != (rows,):
         faults.append(f"label: shape {label.shape}; give one per training row, ({rows},)")
@@ -285,10 +411,5 @@ def _check(train: Inputs, label: Floats, test: Inputs, task: Task) -> None:
     elif task == "binary" and not np.array_equal(np.unique(label), (0, 1)):
         values = np.unique(label)[:5].tolist()
         faults.append(f"label: holds the values {values}; a binary task needs both 0 and 1")
-    if test.x.shape[1] != columns:
-        faults.append(f"test: {test.x.shape[1]} features, train has {columns}; give the same")
-    if set(test.categorical) != set(train.categorical):
-        both = f"{sorted(train.categorical)} in train, {sorted(test.categorical)} in test"
-        faults.append(f"categorical: {both}; give the same")
     if faults:
         raise BaselineError(faults)

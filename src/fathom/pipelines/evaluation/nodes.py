@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from ibis.expr.types import Table
     from pyarrow import Table as ArrowTable
 
+    from fathom.baselines import Baselines
     from fathom.batch import Batch
     from fathom.evaluation import Predictions
     from fathom.ranker import Ranker
     from fathom.registry import Registry
 else:
-    Table = ArrowTable = Batch = Ranker = Registry = Predictions = Any
+    Table = ArrowTable = Baselines = Batch = Ranker = Registry = Predictions = Any
 
 #: A context value is a slice of its own if it is among this many commonest.
 _COMMON_VALUES = 12
@@ -58,24 +60,35 @@ def score_splits(
     return pa.concat_tables(parts)
 
 
-def fit_baselines(
-    train_frame: Table, test_frame: Table, spec: FeatureSpec, config: BaselinesConfig
-) -> ArrowTable:
-    """Fit every baseline on the training split, on the same features, and score the test split.
+def fit_baselines(train_frame: Table, spec: FeatureSpec, config: BaselinesConfig) -> Baselines:
+    """Fit every baseline on the training split, on the same features as the candidate.
 
     Numeric columns as they are; categorical ones as codes where they have few values.
+    """
+    from fathom.baselines import MAX_CATEGORIES, Baselines
+
+    columns = _columns(train_frame, spec)
+    codes = {spec.entities.item: _values(columns[spec.entities.item])}
+    for column in spec.columns:
+        if column.kind == "categorical":
+            values = _values(columns[column.name])
+            if column.name in codes or len(values) <= MAX_CATEGORIES:
+                codes[column.name] = values
+    label = np.asarray(_label(train_frame, spec), np.float64)
+    inputs = _baseline_inputs(columns, spec, codes)
+    return Baselines.fit(inputs, label, config, spec.task, codes)
+
+
+def score_baselines(baselines: Baselines, test_frame: Table, spec: FeatureSpec) -> ArrowTable:
+    """Score the test split with every baseline.
 
     Returns:
         One column of predictions per baseline, in the test split's order.
     """
     import pyarrow as pa
 
-    from fathom import baselines
-
-    label = np.asarray(_label(train_frame, spec), np.float64)
-    known, new = _baseline_inputs(_columns(train_frame, spec), _columns(test_frame, spec), spec)
-    predicted = baselines.predict_baselines(known, label, new, config, spec.task)
-    return pa.table({name: pa.array(values) for name, values in predicted.items()})
+    inputs = _baseline_inputs(_columns(test_frame, spec), spec, baselines.codes)
+    return pa.table({n: pa.array(values) for n, values in baselines.predict(inputs).items()})
 
 
 def look_up_champion(candidate_version: str, registry: str) -> dict[str, str | None]:
@@ -206,34 +219,37 @@ def _columns(rows: Table, spec: FeatureSpec) -> Any:
     return rows.select(*kept).to_pyarrow()
 
 
-def _baseline_inputs(train: Any, test: Any, spec: FeatureSpec) -> tuple[Any, Any]:
+def _baseline_inputs(rows: Any, spec: FeatureSpec, codes: Mapping[str, list[str]]) -> Any:
     """Numbers as they are and few-valued categories as codes of the training split's values."""
     from fathom.baselines import MAX_CATEGORIES, Inputs
 
-    columns: list[tuple[Any, Any]] = []
+    columns: list[Any] = []
     categorical = []
     for column in spec.columns:
         if column.kind == "numeric":
-            columns.append(tuple(t[column.name].to_numpy() for t in (train, test)))
-        elif column.kind == "categorical":
-            codes, values = _codes(train[column.name], test[column.name])
-            if values <= MAX_CATEGORIES:
-                categorical.append(len(columns))
-                columns.append(codes)
-    items, _ = _codes(train[spec.entities.item], test[spec.entities.item])
-    sides = [np.stack([c[i] for c in columns], axis=1).astype(np.float32) for i in (0, 1)]
-    return tuple(  # type: ignore[return-value]
-        Inputs(x, tuple(categorical), item) for x, item in zip(sides, items, strict=True)
-    )
+            columns.append(rows[column.name].to_numpy())
+        elif len(codes.get(column.name, range(MAX_CATEGORIES + 1))) <= MAX_CATEGORIES:
+            categorical.append(len(columns))
+            columns.append(_codes(rows[column.name], codes[column.name]))
+    item = _codes(rows[spec.entities.item], codes[spec.entities.item])
+    return Inputs(np.stack(columns, axis=1).astype(np.float32), tuple(categorical), item)
 
 
-def _codes(train: Any, test: Any) -> tuple[tuple[Any, Any], int]:
-    """Positions among the training split's values, -1 for others and missing, of both sides."""
+def _values(column: Any) -> list[str]:
+    """The values of a column, in the order of their first rows."""
     import pyarrow.compute as pc
 
-    values = pc.unique(train.drop_null())
-    both = [pc.fill_null(pc.index_in(side, values), -1).to_numpy() for side in (train, test)]
-    return (both[0].astype(np.int64), both[1].astype(np.int64)), len(values)
+    found: list[str] = pc.unique(column.drop_null()).to_pylist()
+    return found
+
+
+def _codes(column: Any, values: list[str]) -> Any:
+    """Positions among the values, -1 for others and missing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = pc.index_in(column, pa.array(values, column.type))
+    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
 def _label(rows: Table, spec: FeatureSpec) -> Any:

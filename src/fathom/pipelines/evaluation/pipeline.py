@@ -8,6 +8,7 @@ from fathom.pipelines.evaluation.nodes import (
     judge,
     look_up_champion,
     plot_calibration,
+    score_baselines,
     score_champion,
     score_splits,
 )
@@ -33,7 +34,14 @@ def create_pipeline() -> Pipeline:
             Node(
                 fit_baselines,
                 name="fit_baselines",
-                inputs=["train_frame", "test_frame", "params:features", "params:baselines"],
+                inputs=["train_frame", "params:features", "params:baselines"],
+                outputs="baselines",
+                tags="evaluation",
+            ),
+            Node(
+                score_baselines,
+                name="score_baselines",
+                inputs=["baselines", "test_frame", "params:features"],
                 outputs="baseline_predictions",
                 tags="evaluation",
             ),
