@@ -242,7 +242,7 @@ class Popularity:
         """From the items and labels (N,) of the training rows; the weight w is in rows."""
         mean = float(np.mean(label, dtype=np.float64))
         items, code = np.unique(item, return_inverse=True)
-        rates: Floats = np.bincount(code, label) + mean * prior_weight
+        rates: Any = np.bincount(code, label) + mean * prior_weight
         rates /= np.bincount(code) + prior_weight
         return cls(items, rates, mean, task)
 
