@@ -136,3 +136,37 @@ def test_a_spread_needs_two_seeds(
     with pytest.raises(SystemExit):
         seeds.main()
     assert "--seeds is 1; a spread needs 2 or more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_features_counts_a_week_and_all_weeks_alike_and_says_what_each_costs() -> None:
+    command = ["benchmarks/features.py", "--weeks", "3", "--rows", "400", "--json"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "full and incremental: equal, every row of every view" in done.stdout
+    figures = json.loads(done.stdout.splitlines()[-1])
+    (run,) = figures["runs"]
+    assert {"full", "week", "unchanged"} <= set(run)
+    assert run["week"]["seconds"] > 0
+
+
+def test_features_needs_a_week_before_the_last() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/features.py", "--weeks", "1"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--weeks [1], --rows 50000: 2 weeks and 100 rows at least" in done.stderr
