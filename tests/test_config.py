@@ -34,6 +34,30 @@ BOUNDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "deep_learning_rate": ("a finite number above 0", NOT_ABOVE_ZERO, [1e-9, 1]),
     "wide_l1": ("a finite number of 0 or more", NEGATIVE, [0, 0.0, 2.5]),
     "wide_l2": ("a finite number of 0 or more", NEGATIVE, [0, 0.0, 2.5]),
+    "embedding_l1": ("a finite number of 0 or more", NEGATIVE, [0, 0.0, 2.5]),
+    "embedding_l2": ("a finite number of 0 or more", NEGATIVE, [0, 0.0, 2.5]),
+    "embedding_group_l1": ("a finite number of 0 or more", NEGATIVE, [0, 0.0, 2.5]),
+    "clip_norm": ("a finite number of 0 or more", NEGATIVE, [0, 0.0, 2.5]),
+    "checkpoint_seconds": ("a finite number of 0 or more", NEGATIVE, [0, 0.0, 2.5]),
+    "positive_weight": ("a finite number above 0", NOT_ABOVE_ZERO, [0.1, 3]),
+    "warmup_steps": ("a whole number of 0 or more", NOT_WHOLE, [0, 100]),
+    "shuffle_rows": ("a whole number of 1 or more", [0, *NOT_WHOLE], [1, 2**20]),
+    "embedding_optimizer": (
+        "'adagrad', 'rowwise_adagrad' or 'ftrl'",
+        ["adam", "", None, 0, ["ftrl"]],
+        ["adagrad", "rowwise_adagrad", "ftrl"],
+    ),
+    "schedule": (
+        "'linear', 'cosine' or 'constant'",
+        ["step", "", None, 0],
+        ["linear", "cosine", "constant"],
+    ),
+    "precision": (
+        "'float32' or 'bfloat16'",
+        ["float16", "bf16", "", None, 32],
+        ["float32", "bfloat16"],
+    ),
+    "use_weights": ("True or False", [1, 0, None, "yes"], [True, False]),
     "final_rate": ("in (0, 1]", [*NOT_ABOVE_ZERO, 1.01], [1e-9, 1, 1.0]),
     "dropout": ("in [0, 1)", [*NEGATIVE, 1, 1.0], [0, 0.0, 0.999]),
     "hidden": (
@@ -78,9 +102,9 @@ def test_all_faults_are_reported_together() -> None:
         TrainingConfig(epochs=0, dropout=1.5, hidden=(0,), device="tpu")
     assert str(caught.value).split("; training.") == [
         "training.epochs is 0; it must be a whole number of 1 or more",
+        "device is 'tpu'; it must be 'auto', 'cpu' or 'cuda'",
         "hidden is [0]; it must be a list of layer widths of 1 or more",
         "dropout is 1.5; it must be in [0, 1)",
-        "device is 'tpu'; it must be 'auto', 'cpu' or 'cuda'",
     ]
 
 

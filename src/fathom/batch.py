@@ -6,15 +6,22 @@ S single-valued wide slots, T multi-valued wide slots.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fathom.files import write_json
+
 IntArray = NDArray[np.int32]
+
+
+class BatchError(ValueError):
+    """Encoded examples cannot be read; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,20 @@ class Batch:
 
     @classmethod
     def load(cls, folder: Path) -> Batch:
-        """Map what `save` wrote; nothing is read until it is used."""
+        """Map what `save` wrote; nothing is read until it is used, and nothing written back.
+
+        Raises:
+            BatchError: a file is missing or cut short.
+        """
 
         def array(name: str) -> NDArray[Any]:
-            loaded: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r")
+            try:
+                # Copy-on-write: torch shares the memory of arrays that may be written to alone.
+                loaded: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="c")
+            except (OSError, ValueError, EOFError) as error:
+                raise BatchError(
+                    f"{folder / name}.npy cannot be read ({error}); encode the split again"
+                ) from error
             return loaded
 
         def bags(kind: str) -> tuple[Ragged, ...]:
@@ -176,6 +193,30 @@ class Layout:
     bags: tuple[str, ...]
     wide_slots: tuple[int, ...]
     wide_bags: int
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Layout:
+        """Read what `save` wrote.
+
+        Raises:
+            BatchError: the file is missing, or no layout.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                numeric=int(found["numeric"]),
+                tables={n: (int(rows), int(width)) for n, (rows, width) in found["tables"].items()},
+                fields=tuple(found["fields"]),
+                bags=tuple(found["bags"]),
+                wide_slots=tuple(int(rows) for rows in found["wide_slots"]),
+                wide_bags=int(found["wide_bags"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BatchError(f"{path} is no layout ({error!r}); encode the splits again") from error
 
     @property
     def deep_width(self) -> int:

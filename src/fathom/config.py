@@ -26,11 +26,26 @@ class TrainingConfig:
         dropout: share of each hidden layer's activations dropped in training.
         wide_learning_rate, wide_l1, wide_l2: FTRL-Proximal's alpha and penalties, in units of one
             example's gradient (McMahan et al. 2013, section 3.1).
-        embedding_learning_rate, deep_learning_rate: AdaGrad's.
-        final_rate: share of the embedding and deep learning rates that is left at the last step of
-            the last epoch; they fall linearly. FTRL-Proximal sets its own rates.
+        embedding_optimizer: ``adagrad`` (a sum of squares for each weight), ``rowwise_adagrad``
+            (one for each row: less memory, and faster), or ``ftrl``, by which whole rows can become
+            zero.
+        embedding_l1, embedding_l2, embedding_group_l1: penalties of ``ftrl``; the last drops rows.
+        embedding_learning_rate, deep_learning_rate: AdaGrad's (or FTRL's alpha).
+        schedule, warmup_steps, final_rate: the AdaGrad learning rates rise from 0 over the first
+            steps, then fall to ``final_rate`` of themselves at the last step of the last epoch:
+            ``linear``, ``cosine``, or not at all (``constant``). FTRL-Proximal sets its own rates.
+        clip_norm: bound of the norm of the deep part's gradient, embeddings included; 0 for none.
+        positive_weight: how much a positive example counts, against 1 for a negative one. Other
+            than 1 it moves all probabilities.
+        use_weights: whether examples count by their weight, the inverse of their inclusion
+            probability. Probabilities are then those of the log before it was sampled.
         batch_size, epochs: epochs is the most; early stopping ends sooner.
         patience: epochs without a better validation loss before training stops.
+        shuffle_rows: examples that are shuffled as one. A split with more of them is shuffled in
+            windows of so many, of blocks in random order, and streamed from disk.
+        precision: ``float32``, or ``bfloat16`` for the hidden layers' products. Weights, the wide
+            part and scoring are float32 always.
+        checkpoint_seconds: time between two checkpoints of a run that keeps them; 0 for none.
         seed: of the initial weights, the order of examples and dropout.
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA where it is.
         threads: CPU threads; 0 leaves torch's own choice.
@@ -42,12 +57,24 @@ class TrainingConfig:
     wide_learning_rate: float = 0.05
     wide_l1: float = 1.0
     wide_l2: float = 0.0
+    embedding_optimizer: str = "adagrad"
     embedding_learning_rate: float = 0.05
+    embedding_l1: float = 0.0
+    embedding_l2: float = 0.0
+    embedding_group_l1: float = 0.0
     deep_learning_rate: float = 0.05
+    schedule: str = "linear"
+    warmup_steps: int = 0
     final_rate: float = 0.05
+    clip_norm: float = 0.0
+    positive_weight: float = 1.0
+    use_weights: bool = False
     batch_size: int = 2048
     epochs: int = 5
     patience: int = 1
+    shuffle_rows: int = 4_194_304
+    precision: str = "float32"
+    checkpoint_seconds: float = 300.0
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -64,52 +91,61 @@ class TrainingConfig:
             raise ConfigError(faults)
 
     def _bounds(self) -> list[tuple[str, Any, str, bool]]:
-        whole = (("batch_size", 1), ("epochs", 1), ("patience", 0), ("seed", 0), ("threads", 0))
-        positive = ("wide_learning_rate", "embedding_learning_rate", "deep_learning_rate")
-        bounds = [
-            (
-                name,
-                getattr(self, name),
-                f"a whole number of {least} or more",
-                type(getattr(self, name)) is int and getattr(self, name) >= least,
-            )
-            for name, least in whole
-        ]
-        bounds += [
-            (name, getattr(self, name), "a finite number above 0", _above(getattr(self, name), 0))
-            for name in positive
-        ]
-        bounds += [
-            (
-                name,
-                getattr(self, name),
-                "a finite number of 0 or more",
-                _zero(getattr(self, name)) or _above(getattr(self, name), 0),
-            )
-            for name in ("wide_l1", "wide_l2")
-        ]
+        least = {
+            **dict.fromkeys(("batch_size", "epochs", "shuffle_rows"), 1),
+            **dict.fromkeys(("patience", "seed", "threads", "warmup_steps"), 0),
+        }
+        positive = (
+            "wide_learning_rate",
+            "embedding_learning_rate",
+            "deep_learning_rate",
+            "positive_weight",
+        )
+        not_negative = (
+            "wide_l1",
+            "wide_l2",
+            "embedding_l1",
+            "embedding_l2",
+            "embedding_group_l1",
+            "clip_norm",
+            "checkpoint_seconds",
+        )
+        choices = {
+            "embedding_optimizer": ("adagrad", "rowwise_adagrad", "ftrl"),
+            "schedule": ("linear", "cosine", "constant"),
+            "precision": ("float32", "bfloat16"),
+            "device": ("auto", "cpu", "cuda"),
+            "use_weights": (True, False),
+        }
+
+        def value(name: str) -> Any:
+            return getattr(self, name)
+
+        bounds: list[tuple[str, Any, str, bool]] = []
+        for name, bound in least.items():
+            holds = type(value(name)) is int and value(name) >= bound
+            bounds.append((name, value(name), f"a whole number of {bound} or more", holds))
+        for name in positive:
+            bounds.append((name, value(name), "a finite number above 0", _above(value(name), 0)))
+        for name in not_negative:
+            holds = _zero(value(name)) or _above(value(name), 0)
+            bounds.append((name, value(name), "a finite number of 0 or more", holds))
+        for name, allowed in choices.items():
+            holds = any(value(name) == a and type(value(name)) is type(a) for a in allowed)
+            words = [repr(choice) for choice in allowed]
+            bounds.append((name, value(name), f"{', '.join(words[:-1])} or {words[-1]}", holds))
         hidden = list(self.hidden) if isinstance(self.hidden, tuple) else self.hidden
         widths_hold = isinstance(hidden, list) and all(type(w) is int and w >= 1 for w in hidden)
+        rate, dropout = self.final_rate, self.dropout
         return [
             *bounds,
             ("hidden", hidden, "a list of layer widths of 1 or more", widths_hold),
-            (
-                "final_rate",
-                self.final_rate,
-                "in (0, 1]",
-                _above(self.final_rate, 0) and self.final_rate <= 1,
-            ),
+            ("final_rate", rate, "in (0, 1]", _above(rate, 0) and rate <= 1),
             (
                 "dropout",
-                self.dropout,
+                dropout,
                 "in [0, 1)",
-                _zero(self.dropout) or (_above(self.dropout, 0) and self.dropout < 1),
-            ),
-            (
-                "device",
-                self.device,
-                "'auto', 'cpu' or 'cuda'",
-                self.device in ("auto", "cpu", "cuda"),
+                _zero(dropout) or (_above(dropout, 0) and dropout < 1),
             ),
         ]
 

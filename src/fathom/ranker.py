@@ -33,9 +33,8 @@ from fathom import files
 from fathom.batch import Batch, Ragged
 from fathom.config import TrainingConfig
 from fathom.encoding import FIRST_KNOWN, Encoder, Frame, Values, with_ratios
-from fathom.models import Inputs, Model, build
+from fathom.models import Inputs, Model, build, score
 from fathom.spec import FeatureSpec
-from fathom.training import score
 
 MANIFEST = "manifest.json"
 #: How far a reloaded or served probability may be from the one at training time.

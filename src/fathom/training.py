@@ -1,17 +1,25 @@
 """The joint training loop: one logit, one loss, each part updated from the same gradient step.
 
 The wide part by FTRL-Proximal with L1, the deep part by AdaGrad (Cheng et al. 2016, section 3.3).
-Needs torch and numpy alone.
+Needs torch and numpy alone, so that it runs where nothing else is installed::
+
+    python -m fathom.training --help
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import json
 import logging
 import math
+import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,15 +27,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fathom import checkpoint
 from fathom.batch import Batch, Layout
+from fathom.checkpoint import CheckpointError
 from fathom.config import TrainingConfig
-from fathom.models import Inputs, Model, build
-from fathom.models.deep import Deep
-from fathom.optim import FTRLProximal, SparseAdagrad
+from fathom.feed import Examples, Feed, weights
+from fathom.files import remove, replacing
+from fathom.models import Model, build, score
+from fathom.models.deep import Embeddings
+from fathom.models.wide import Wide
+from fathom.optim import FTRLProximal, SparseAdagrad, SparseRows, sum_duplicates
+from fathom.parallel import Group
 
 Task = Literal["binary", "regression"]
-_SCORING_BATCH = 8192
+#: What is reported while training: a name, its value, and the step it belongs to.
+Report = Callable[[str, float, int], None]
+
 _PROGRESS_SECONDS = 5.0
+#: Steps between two looks at the loss where looking makes the host wait for the device.
+_CUDA_CHECK = 100
+#: A batch's loss of so many times that of an untrained model means that training diverges.
+_EXPLODED = 1000.0
 #: AdaGrad's accumulator of dense weights starts near zero: gradients of a mean over a batch are
 #: small, so a larger start would outweigh them, and every weight would move at the same rate.
 _INITIAL_ACCUMULATOR = 1e-6
@@ -61,40 +81,49 @@ class Trained:
 
 
 class Optimizers:
-    """One optimizer for each part of a model, stepped together."""
+    """One optimizer for each part of a model, stepped together.
 
-    def __init__(self, model: Model, config: TrainingConfig) -> None:
-        self.sparse: list[FTRLProximal | SparseAdagrad] = []
-        self.ftrl: FTRLProximal | None = None
-        dense: list[Tensor] = [model.bias]
-        if model.wide is not None:
-            self.ftrl = FTRLProximal(
-                model.wide.parameters(),
-                config.wide_learning_rate,
-                1.0,
-                config.wide_l1,
-                config.wide_l2,
+    Args:
+        group: the processes that share each step.
+    """
+
+    def __init__(self, model: Model, config: TrainingConfig, group: Group | None = None) -> None:
+        self._group = group or Group()
+        self._clip = config.clip_norm
+        wide = [part.weight for part in model.modules() if isinstance(part, Wide)]
+        tables: list[Tensor] = [
+            table
+            for part in model.modules()
+            if isinstance(part, Embeddings)
+            for table in part.stored
+        ]
+        sparse = {id(table) for table in (*wide, *tables)}
+        dense = [weight for weight in model.parameters() if id(weight) not in sparse]
+        self.wide: FTRLProximal | None = None
+        if wide:
+            self.wide = FTRLProximal(
+                wide, config.wide_learning_rate, 1.0, config.wide_l1, config.wide_l2
             )
-            self.sparse.append(self.ftrl)
-        if isinstance(model.deep, Deep):
-            tables = list(model.deep.embeddings.tables.parameters())
-            if tables:  # none when every deep column is numeric
-                self.sparse.append(SparseAdagrad(tables, config.embedding_learning_rate))
-            dense += list(model.deep.layers.parameters())
+        self.embeddings: SparseRows | None = None
+        if tables:  # none when every deep column is numeric
+            self.embeddings = _embedding_optimizer(tables, config)
         self.dense: torch.optim.Optimizer = torch.optim.Adagrad(
             dense,
             config.deep_learning_rate,
             initial_accumulator_value=_INITIAL_ACCUMULATOR,
-            fused=True,
+            fused=model.bias.device.type == "cpu",  # where alone torch has it
         )
+        self.sparse = [part for part in (self.wide, self.embeddings) if part is not None]
+        for optimizer in self.sparse:
+            optimizer.prepare()
         self._decaying = [
             (optimizer, float(optimizer.defaults["lr"]))
             for optimizer in (self.dense, *self.sparse)
-            if optimizer is not self.ftrl
+            if not isinstance(optimizer, FTRLProximal)
         ]
 
     def step(self, loss: Tensor, examples: int, rate: float) -> None:
-        """One joint update from the gradient of the mean loss over ``examples``.
+        """One joint update from the gradient of a loss, its share of the mean over ``examples``.
 
         Args:
             rate: what the AdaGrad learning rates are multiplied by.
@@ -102,133 +131,375 @@ class Optimizers:
         for optimizer, base in self._decaying:
             for group in optimizer.param_groups:
                 group["lr"] = base * rate
-        self.dense.zero_grad()
-        for optimizer in self.sparse:
+        for optimizer in (self.dense, *self.sparse):
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        if self.ftrl is not None:
-            self.ftrl.scale = float(examples)
+        dense = [w.grad for g in self.dense.param_groups for w in g["params"] if w.grad is not None]
+        self._group.sum_(dense)
+        rows = {
+            optimizer: [
+                (table, *sum_duplicates(*self._gradient(table))) for table in optimizer.tables
+            ]
+            for optimizer in self.sparse
+        }
+        if self._clip:
+            embedded = rows.get(self.embeddings, []) if self.embeddings else []
+            _clip([*dense, *(sums for *_, sums in embedded)], self._clip)
         self.dense.step()
-        for optimizer in self.sparse:
-            optimizer.step()
+        for optimizer, touched in rows.items():
+            if isinstance(optimizer, FTRLProximal):
+                optimizer.scale = float(examples)
+            for table, indices, sums in touched:
+                optimizer.update(table, indices, sums)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on beside the weights, by name."""
+        found = {}
+        for part, optimizer in self._parts().items():
+            weights = [w for group in optimizer.param_groups for w in group["params"]]
+            for number, weight in enumerate(weights):
+                for name, value in optimizer.state[weight].items():
+                    if torch.is_tensor(value):
+                        found[f"{part}.{number}.{name}"] = value
+        return found
+
+    def _parts(self) -> dict[str, torch.optim.Optimizer]:
+        parts = {"dense": self.dense, "wide": self.wide, "embeddings": self.embeddings}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _gradient(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = table.grad
+        if gradient is None:  # no example of the batch looked a row up
+            none = torch.zeros(0, dtype=torch.int64, device=table.device)
+            return self._group.gather(none, table.new_zeros((0, table.shape[1])))
+        return self._group.gather(gradient._indices()[0], gradient._values())
+
+
+def _embedding_optimizer(tables: list[Tensor], config: TrainingConfig) -> SparseRows:
+    if config.embedding_optimizer == "ftrl":
+        return FTRLProximal(
+            tables,
+            config.embedding_learning_rate,
+            1.0,
+            config.embedding_l1,
+            config.embedding_l2,
+            config.embedding_group_l1,
+        )
+    rowwise = config.embedding_optimizer == "rowwise_adagrad"
+    return SparseAdagrad(tables, config.embedding_learning_rate, rowwise=rowwise)
+
+
+def _clip(gradients: list[Tensor], bound: float) -> None:
+    """Scale gradients in place so that the norm of all together is within the bound."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    factor = (bound / norm.clamp(min=1e-12)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+
+
+def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
+    """What the AdaGrad learning rates are multiplied by at a step, from 0, of so many.
+
+    >>> config = TrainingConfig(warmup_steps=2, final_rate=0.5)
+    >>> [round(learning_rate(config, step, 10), 3) for step in (0, 1, 2, 6, 10)]
+    [0.333, 0.667, 1.0, 0.75, 0.5]
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.final_rate + (1 - config.final_rate) * left
 
 
 def train(
-    layout: Layout, training: Batch, validation: Batch, config: TrainingConfig, task: Task
+    layout: Layout,
+    training: Batch,
+    validation: Batch,
+    config: TrainingConfig,
+    task: Task,
+    folder: Path | None = None,
+    report: Report | None = None,
 ) -> Trained:
     """Train a model; keep the weights of the epoch with the lowest validation loss.
 
     Args:
         training, validation: encoded examples with labels. Validation is only ever scored.
+        folder: where checkpoints are kept. If one is there of the same settings and splits, it is
+            gone on from, and training ends, on a CPU bit for bit, as if it had never stopped.
+        report: is told the losses and the rate as they become known.
 
     Raises:
         TrainingError: splits are empty, unlabelled or hold what cannot be learnt from (all faults
-            together), or a loss is not finite; the message names the batch.
+            together), or a loss is not finite or explodes; the message names the batch.
+        CheckpointError: a checkpoint cannot be written or read.
     """
-    if faults := [*_faults("training", training, task), *_faults("validation", validation, task)]:
+    faults = [
+        *_faults("training", training, layout, task),
+        *_faults("validation", validation, layout, task),
+    ]
+    if faults:
         raise TrainingError("; ".join(faults))
-    device = torch.device(_device(config.device))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    model = build(layout, config).to(device)
-    optimizers = Optimizers(model, config)
-    order = np.random.default_rng(config.seed)
-    result = Trained(model, best_epoch=0)
-    best_loss, best_weights = math.inf, copy.deepcopy(model.state_dict())
-    for epoch in range(1, config.epochs + 1):
-        started = time.perf_counter()
-        train_loss = _pass(model, optimizers, training, config, task, order, epoch)
-        seconds = time.perf_counter() - started
-        validation_loss = float(
-            _loss(torch.from_numpy(score(model, validation)), _label(validation), task)
+    _keep_freed_memory()
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom-")))
+            config_seconds = 0.0
+        else:
+            config_seconds = config.checkpoint_seconds
+        run = Run(layout, training, validation, config, task, folder, config_seconds, report)
+        return run.finish()
+
+
+class Run:
+    """A training on its way: what `train` does, in steps that can be taken up again."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        training: Batch,
+        validation: Batch,
+        config: TrainingConfig,
+        task: Task,
+        folder: Path,
+        checkpoint_seconds: float,
+        report: Report | None,
+    ) -> None:
+        self._config, self._task, self._folder = config, task, folder
+        self._checkpoint_seconds = checkpoint_seconds
+        self._report = report or (lambda name, value, step: None)
+        self._device = torch.device(_device(config.device))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._group = Group.join(self._device)
+        self._validation = validation
+        self._rows = len(training)
+        positive_weight = config.positive_weight if task == "binary" else 1.0
+        self._validation_weight = weights(validation, config.use_weights, positive_weight)
+        self._feed = Feed(
+            training,
+            config.batch_size,
+            config.shuffle_rows,
+            config.seed,
+            self._device,
+            weighted=config.use_weights,
+            positive_weight=positive_weight,
+            rank=self._group.rank,
+            world=self._group.world,
         )
-        if not math.isfinite(validation_loss):
+        self.model = build(layout, config).to(self._device)
+        self._optimizers = Optimizers(self.model, config, self._group)
+        self._ceiling = _EXPLODED * _initial_loss(training, config, task)
+        self._key = _key(layout, training, validation, config, task, self._group.world)
+        self._epoch, self._batch = 1, 0
+        self._total = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._best_epoch, self._best_loss = 0, math.inf
+        self._history: list[Epoch] = []
+        self._seconds = self._rate = 0.0
+        self._resume()
+
+    def finish(self) -> Trained:
+        """Train until the last epoch, or until validation has not improved for long enough."""
+        while self._epoch <= self._config.epochs and not self._stale:
+            self._pass()
+            self._validate()
+        if self._stale:
+            log.info("stopped: no better validation loss since epoch %d", self._best_epoch)
+        checkpoint.load(self._best, dict(self.model.state_dict()))
+        self.model.to("cpu").eval()
+        return Trained(self.model, self._best_epoch, self._history)
+
+    @property
+    def _stale(self) -> bool:
+        return bool(self._history) and (self._epoch - 1 - self._best_epoch > self._config.patience)
+
+    @property
+    def _best(self) -> Path:
+        """The weights of the best epoch so far, on disk: a second copy may not fit in memory."""
+        return self._folder / f"best-{self._best_epoch:04d}"
+
+    def _pass(self) -> None:
+        """The rest of an epoch."""
+        config, batches = self._config, len(self._feed)
+        self.model.train()
+        if self._batch == 0:
+            draw = np.random.SeedSequence([config.seed, self._epoch, self._group.rank])
+            torch.manual_seed(int(draw.generate_state(1)[0]))  # of dropout
+        started = reported = saved = time.perf_counter()
+        first = self._batch
+        for examples in self._feed.epoch(self._epoch, first):
+            step = (self._epoch - 1) * batches + self._batch
+            size = min(config.batch_size, self._rows - self._batch * config.batch_size)
+            loss = self._loss(examples) / size
+            self._watch(loss * size / max(len(examples), 1), examples)
+            self._optimizers.step(loss, size, learning_rate(config, step, batches * config.epochs))
+            self._total += loss.detach() * size
+            self._batch += 1
+            now = time.perf_counter()
+            if now - reported > _PROGRESS_SECONDS:
+                reported = now
+                self._say(first, now - started)
+            due = self._checkpoint_seconds and now - saved > self._checkpoint_seconds
+            if due and self._group.world == 1:
+                self._save()
+                saved = time.perf_counter()
+        done = (batches - first) * config.batch_size
+        self._seconds = time.perf_counter() - started
+        self._rate = min(done, self._rows) / max(self._seconds, 1e-9)
+
+    def _loss(self, examples: Examples) -> Tensor:
+        """The sum of the examples' weighted losses."""
+        losses = _losses(self.model(examples.inputs), examples.label, self._task)
+        return losses.sum() if examples.weight is None else (losses * examples.weight).sum()
+
+    def _validate(self) -> None:
+        """Close an epoch: score validation, keep the weights if they are the best."""
+        sums = [self._total]
+        self._group.sum_(sums)
+        train_loss = float(sums[0]) / self._rows
+        logits = torch.from_numpy(score(self.model, self._validation))
+        losses = _losses(logits, _label(self._validation), self._task)
+        if self._validation_weight is not None:
+            losses = losses * torch.from_numpy(self._validation_weight)
+        loss = float(losses.mean(dtype=torch.float64))
+        if not math.isfinite(loss) or not math.isfinite(train_loss):
             raise TrainingError(
-                f"the validation loss is {validation_loss} after epoch {epoch}; lower the learning "
-                "rates or look for extreme inputs"
+                f"the loss after epoch {self._epoch} is {train_loss} in training and {loss} in "
+                "validation; lower the learning rates or look for extreme inputs"
             )
-        zero = None if model.wide is None else _zero_share(model)
-        result.history.append(
-            Epoch(epoch, train_loss, validation_loss, len(training) / seconds, seconds, zero)
-        )
+        zero = _zero_share(self.model)
+        self._history.append(Epoch(self._epoch, train_loss, loss, self._rate, self._seconds, zero))
         log.info(
             "epoch %d/%d: training loss %.4f, validation loss %.4f, %s examples/s",
-            epoch,
-            config.epochs,
+            self._epoch,
+            self._config.epochs,
             train_loss,
-            validation_loss,
-            f"{len(training) / seconds:,.0f}",
+            loss,
+            f"{self._rate:,.0f}",
         )
-        if validation_loss < best_loss:
-            best_loss, best_weights = validation_loss, copy.deepcopy(model.state_dict())
-            result.best_epoch = epoch
-        elif epoch - result.best_epoch > config.patience:
-            log.info("stopped: no better validation loss since epoch %d", result.best_epoch)
-            break
-    model.load_state_dict(best_weights)
-    model.to("cpu").eval()
-    return result
+        step = self._epoch * len(self._feed)
+        for name, value in (("train_loss", train_loss), ("validation_loss", loss)):
+            self._report(name, value, step)
+        self._report("examples_per_second", self._rate, step)
+        if loss < self._best_loss:
+            self._best_loss, self._best_epoch = loss, self._epoch
+            if self._group.leads:
+                self._keep_best()
+        self._epoch, self._batch = self._epoch + 1, 0
+        self._total.zero_()
+        if self._checkpoint_seconds:
+            self._save()
+        if self._group.leads:
+            # A checkpoint of before named the weights of before, which go now that it has gone.
+            for older in set(self._folder.glob("best-*")) - {self._best}:
+                remove(older)
+        self._group.wait()
+
+    def _keep_best(self) -> None:
+        try:
+            with replacing(self._best) as temporary:
+                checkpoint.save(temporary, dict(self.model.state_dict()), {})
+        except OSError as error:
+            raise CheckpointError(
+                f"the weights of epoch {self._epoch} cannot be written to {self._best} "
+                f"({error.strerror or error}); make room and run the same command again"
+            ) from error
+
+    def _watch(self, loss: Tensor, examples: Examples) -> None:
+        """Stop at the first batch whose mean loss is not finite, or explodes.
+
+        On CUDA the host looks now and then only, for looking makes it wait; the batch named is then
+        the last of those since it looked.
+        """
+        if self._device.type == "cuda" and self._batch % _CUDA_CHECK:
+            return
+        value = float(loss.detach())
+        if math.isfinite(value) and value <= self._ceiling:
+            return
+        what = "explodes" if math.isfinite(value) else "is not finite"
+        numeric = examples.inputs.numeric
+        largest = float(numeric.abs().max()) if numeric.numel() else 0.0
+        raise TrainingError(
+            f"the loss {what}: {value} in batch {self._batch + 1} of epoch {self._epoch}, whose "
+            f"examples are rows {_shown(examples.rows)} of the training split and whose largest "
+            f"numeric input is {largest:g}; lower the learning rates, set training.clip_norm, or "
+            "look for extreme inputs"
+        )
+
+    def _say(self, first: int, seconds: float) -> None:
+        """Progress of the epoch: how far, the loss, the rate, and how long it will take."""
+        done, all_ = self._batch, len(self._feed)
+        rate = (done - first) * self._config.batch_size / seconds
+        loss = float(self._total) / (done * self._config.batch_size) * self._group.world
+        log.info(
+            "epoch %d: %3.0f %%, loss %.4f, %s examples/s, %.0f s left",
+            self._epoch,
+            100 * done / all_,
+            loss,
+            f"{rate:,.0f}",
+            (all_ - done) * self._config.batch_size / rate,
+        )
+        step = (self._epoch - 1) * all_ + done
+        self._report("running_loss", loss, step)
+        self._report("examples_per_second", rate, step)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        state = {f"optimizer.{n}": value for n, value in self._optimizers.tensors().items()}
+        random = {"random.cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            random["random.cuda"] = torch.cuda.get_rng_state(self._device)
+        return {**weights, **state, **random, "total": self._total}
+
+    def _save(self) -> None:
+        if not self._group.leads:
+            return
+        state = {
+            "key": self._key,
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "best_epoch": self._best_epoch,
+            "best_loss": self._best_loss if self._best_epoch else None,
+            "history": [asdict(epoch) for epoch in self._history],
+        }
+        step = (self._epoch - 1) * len(self._feed) + self._batch
+        checkpoint.write(self._folder, step, self._tensors(), state)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint, if it is of this very training."""
+        found = checkpoint.latest(self._folder) if self._checkpoint_seconds else None
+        state = checkpoint.state_of(found) if found else {}
+        if found is None or state.get("key") != self._key:
+            if found is not None and self._group.leads:
+                log.info("%s is of another training: starting anew", found)
+                remove(found)
+            return
+        tensors = self._tensors()
+        checkpoint.load(found, tensors)
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self._device)
+        self._epoch, self._batch = state["epoch"], state["batch"]
+        self._best_epoch = state["best_epoch"]
+        self._best_loss = state["best_loss"] if self._best_epoch else math.inf
+        self._history = [Epoch(**epoch) for epoch in state["history"]]
+        log.info("going on from %s: epoch %d, batch %d", found, self._epoch, self._batch + 1)
 
 
-@torch.no_grad()
-def score(model: Model, batch: Batch) -> NDArray[np.float32]:
-    """Logits of N examples, shape (N,), in evaluation mode and in bounded memory."""
-    device = model.bias.device
-    was_training = model.training
-    model.eval()
-    starts = range(0, len(batch), _SCORING_BATCH)
-    rows = [np.arange(s, min(s + _SCORING_BATCH, len(batch))) for s in starts]
-    logits = [model(Inputs.of(batch.take(index), device)).cpu().numpy() for index in rows]
-    model.train(was_training)
-    return np.concatenate(logits) if logits else np.zeros(0, np.float32)
-
-
-def _pass(
-    model: Model,
-    optimizers: Optimizers,
-    training: Batch,
-    config: TrainingConfig,
-    task: Task,
-    order: np.random.Generator,
-    epoch: int,
-) -> float:
-    """One epoch in a new random order; returns the mean loss."""
-    model.train()
-    device = model.bias.device
-    permutation = order.permutation(len(training))
-    started = reported = time.perf_counter()
-    total, done = torch.zeros((), dtype=torch.float64, device=device), 0
-    for start in range(0, len(training), config.batch_size):
-        batch = training.take(permutation[start : start + config.batch_size])
-        loss = _loss(model(Inputs.of(batch, device)), _label(batch).to(device), task)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} in epoch {epoch} at examples {start:,} to "
-                f"{start + len(batch):,}; lower the learning rates or look for extreme inputs"
-            )
-        progress = (epoch - 1 + done / len(training)) / config.epochs
-        optimizers.step(loss, len(batch), 1 - (1 - config.final_rate) * progress)
-        total += loss.detach() * len(batch)
-        done += len(batch)
-        now = time.perf_counter()
-        if now - reported > _PROGRESS_SECONDS:
-            reported, rate = now, done / (now - started)
-            log.info(
-                "epoch %d: %3.0f %%, loss %.4f, %s examples/s, %.0f s left",
-                epoch,
-                100 * done / len(training),
-                float(total) / done,
-                f"{rate:,.0f}",
-                (len(training) - done) / rate,
-            )
-    return float(total) / done
-
-
-def _loss(prediction: Tensor, label: Tensor, task: Task) -> Tensor:
-    """Logistic loss of logits, or squared error of predicted values; the mean."""
+def _losses(prediction: Tensor, label: Tensor, task: Task) -> Tensor:
+    """(B,) logistic losses of logits, or squared errors of predicted values."""
     if task == "binary":
-        return functional.binary_cross_entropy_with_logits(prediction, label)
-    return functional.mse_loss(prediction, label)
+        return functional.binary_cross_entropy_with_logits(prediction, label, reduction="none")
+    return functional.mse_loss(prediction, label, reduction="none")
+
+
+def _initial_loss(batch: Batch, config: TrainingConfig, task: Task) -> float:
+    """The mean loss of an untrained model's predictions, which training should only lower."""
+    assert batch.label is not None
+    if task == "binary":
+        return math.log(2) * max(config.positive_weight, 1.0)  # of 1/2, where training starts
+    return float(np.mean(np.square(batch.label, dtype=np.float64))) + 1.0
 
 
 def _label(batch: Batch) -> Tensor:
@@ -236,10 +507,13 @@ def _label(batch: Batch) -> Tensor:
     return torch.from_numpy(np.array(batch.label))  # a copy: the array may be a read-only map
 
 
-def _zero_share(model: Model) -> float:
-    assert model.wide is not None
-    weight = next(model.wide.parameters())
-    return float((weight == 0).float().mean()) if weight.numel() else 1.0
+def _zero_share(model: Model) -> float | None:
+    """The share of wide weights that are exactly zero; None without a wide part."""
+    weights = [part.weight for part in model.modules() if isinstance(part, Wide)]
+    if not weights:
+        return None
+    count = sum(weight.numel() for weight in weights)
+    return sum(int((weight == 0).sum()) for weight in weights) / count if count else 1.0
 
 
 def _device(wanted: str) -> str:
@@ -250,7 +524,53 @@ def _device(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def _faults(name: str, batch: Batch, task: Task) -> list[str]:
+def _keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for each step needs the same large blocks again.
+
+    glibc gives blocks of more than 32 MB, and at first of 128 kB, back to the system at once, which
+    has to clear every page of them anew in the next step: look-ups and sorts take twice the time.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def _key(
+    layout: Layout,
+    training: Batch,
+    validation: Batch,
+    config: TrainingConfig,
+    task: Task,
+    world: int,
+) -> str:
+    """What a training is told from others by: its settings and, by samples, its splits."""
+    settings = config.as_dict()
+    settings.pop("checkpoint_seconds")
+    digest = hashlib.sha256(json.dumps([settings, asdict(layout), task, world]).encode())
+    for split in (training, validation):
+        step = max(len(split) // 1000, 1)
+        sample = split.take(np.arange(0, len(split), step))
+        digest.update(str(len(split)).encode())
+        for array in (
+            sample.numeric,
+            sample.deep_ids,
+            sample.wide_ids,
+            sample.label,
+            sample.weight,
+        ):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _faults(name: str, batch: Batch, layout: Layout, task: Task) -> list[str]:
     """What is wrong with a split, in words."""
     if len(batch) == 0:
         return [f"the {name} split is empty; move the split's dates in conf"]
@@ -260,9 +580,29 @@ def _faults(name: str, batch: Batch, task: Task) -> list[str]:
     counts = {
         "numeric inputs that are not finite": int((~np.isfinite(batch.numeric)).sum()),
         "labels that are not finite": int((~known).sum()),
+        "ids outside of their tables": _outside(batch, layout),
     }
+    if batch.weight is not None:
+        odd = ~np.isfinite(batch.weight) | (batch.weight < 0)
+        counts["weights that are negative or not finite"] = int(odd.sum())
     if task == "binary":
         odd = known & ~np.isin(batch.label, (0.0, 1.0))
         counts["labels other than 0 and 1"] = int(odd.sum())
     found = [f"{count} {what}" for what, count in counts.items() if count]
     return [f"the {name} split has {' and '.join(found)}; encode it again"] if found else []
+
+
+def _outside(batch: Batch, layout: Layout) -> int:
+    """How many ids have no row."""
+    columns: list[tuple[NDArray[Any], int]] = []
+    columns += [(batch.deep_ids[:, i], layout.tables[t][0]) for i, t in enumerate(layout.fields)]
+    for bag, table in zip(batch.deep_bags, layout.bags, strict=True):
+        columns.append((bag.values, layout.tables[table][0]))
+    columns += [(batch.wide_ids, layout.wide_rows)]
+    columns += [(bag.values, layout.wide_rows) for bag in batch.wide_bags]
+    return sum(int(((ids < 0) | (ids >= rows)).sum()) for ids, rows in columns if ids.size)
+
+
+def _shown(rows: NDArray[Any]) -> str:
+    shown = ", ".join(f"{row:,}" for row in rows[:5])
+    return f"{shown} and {len(rows) - 5:,} more" if len(rows) > 5 else shown

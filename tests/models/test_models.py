@@ -97,7 +97,7 @@ def test_an_empty_bag_gives_zeros_to_both_parts():
 
 def test_a_shared_table_serves_a_field_and_a_bag():
     model = with_known_weights(build(LAYOUT, CONFIG))
-    table = model.deep.embeddings.tables["genre"].weight
+    table = model.deep.embeddings.table("genre")
     before = model.deep.embeddings(Inputs.of(BATCH))[0]
     with torch.no_grad():
         table[2] += 1.0

@@ -15,11 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fathom.batch import Batch, Layout, Ragged
 from fathom.config import ConfigError, TrainingConfig
+
+#: Examples that are scored at a time, which bounds memory.
+_SCORING_BATCH = 8192
 
 
 class Bag(NamedTuple):
@@ -27,6 +32,16 @@ class Bag(NamedTuple):
 
     values: Tensor
     offsets: Tensor
+
+    def take(self, index: Tensor) -> Bag:
+        """The rows at ``index``, in that order."""
+        starts = self.offsets.index_select(0, index)
+        lengths = self.offsets.index_select(0, index + 1) - starts
+        offsets = torch.zeros(len(index) + 1, dtype=lengths.dtype, device=lengths.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        places = torch.repeat_interleave(starts - offsets[:-1], lengths)
+        places += torch.arange(len(places), device=places.device)
+        return Bag(self.values.index_select(0, places), offsets)
 
 
 class Inputs(NamedTuple):
@@ -52,6 +67,16 @@ class Inputs(NamedTuple):
             deep_bags=tuple(bag(ragged) for ragged in batch.deep_bags),
             wide_ids=torch.as_tensor(batch.wide_ids, device=device),
             wide_bags=tuple(bag(ragged) for ragged in batch.wide_bags),
+        )
+
+    def take(self, index: Tensor) -> Inputs:
+        """The examples at ``index``, in that order."""
+        return Inputs(
+            numeric=self.numeric.index_select(0, index),
+            deep_ids=self.deep_ids.index_select(0, index),
+            deep_bags=tuple(bag.take(index) for bag in self.deep_bags),
+            wide_ids=self.wide_ids.index_select(0, index),
+            wide_bags=tuple(bag.take(index) for bag in self.wide_bags),
         )
 
 
@@ -97,6 +122,19 @@ class Model(nn.Module):
             deep=self.deep(inputs) if self.deep is not None else none,
             bias=self.bias,
         )
+
+
+@torch.no_grad()
+def score(model: Model, batch: Batch) -> NDArray[np.float32]:
+    """Logits of N examples, shape (N,), in evaluation mode and in bounded memory."""
+    device = model.bias.device
+    was_training = model.training
+    model.eval()
+    starts = range(0, len(batch), _SCORING_BATCH)
+    rows = [np.arange(s, min(s + _SCORING_BATCH, len(batch))) for s in starts]
+    logits = [model(Inputs.of(batch.take(index), device)).cpu().numpy() for index in rows]
+    model.train(was_training)
+    return np.concatenate(logits) if logits else np.zeros(0, np.float32)
 
 
 Builder = Callable[[Layout, TrainingConfig], Model]

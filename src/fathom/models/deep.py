@@ -2,50 +2,188 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fathom.batch import Layout
 from fathom.models import Inputs
 
 #: Standard deviation of initial embeddings: small, so that rare ids start as no opinion.
 _INITIAL_SCALE = 0.05
+#: Columns that a bfloat16 product is padded to; odd widths take twice the time.
+_LANES = 16
 
 
 class Embeddings(nn.Module):
     """Embeddings of all deep fields beside the numeric inputs.
 
-    Fields that share a table share its weights. The values of a multi-valued field are averaged; an
-    empty one gives zeros.
+    Tables of one width are stored as one, each from a row of its own on, so that all their fields
+    are looked up at once. Fields that share a table share its weights. The values of a multi-valued
+    field are averaged; an empty one gives zeros. In a state dict each table has a name of its own.
 
     Args:
-        layout: its tables, fields and bags; ``layout.deep_width`` is the output's width D.
+        layout: its tables, fields and bags; ``layout.deep_width`` is the output's width D. Fields
+            stand by width, in the order of each width's first; then the bags, then the numbers.
     """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.tables = nn.ModuleDict()
-        for name, (rows, width) in layout.tables.items():
-            table = nn.EmbeddingBag(rows, width, mode="mean", sparse=True, include_last_offset=True)
-            nn.init.normal_(table.weight, std=_INITIAL_SCALE)
-            self.tables[name] = table
-        self._fields = layout.fields
-        self._bags = layout.bags
+        total: dict[int, int] = {}
+        self._places: dict[str, tuple[str, int, int]] = {}  # table → its stored one, start, rows
+        for name, (rows, size) in layout.tables.items():
+            self._places[name] = (str(size), total.get(size, 0), rows)
+            total[size] = total.get(size, 0) + rows
+        for size, rows in total.items():
+            table = torch.empty(rows, size).normal_(std=_INITIAL_SCALE)
+            self.register_parameter(f"_stored_{size}", nn.Parameter(table))
+        places = [self._places[name] for name in layout.fields]
+        self._widths = list(dict.fromkeys(stored for stored, _, _ in places))
+        for width in self._widths:
+            columns = [i for i, place in enumerate(places) if place[0] == width]
+            starts = [places[i][1] for i in columns]
+            self.register_buffer(f"_columns_{width}", torch.tensor(columns), persistent=False)
+            self.register_buffer(
+                f"_starts_{width}", torch.tensor(starts, dtype=torch.int32), persistent=False
+            )
+        self._bags = [self._places[name] for name in layout.bags]
+
+    @property
+    def stored(self) -> list[nn.Parameter]:
+        """The tables as they are stored and trained, one for each width."""
+        return list(self.parameters())
+
+    def table(self, name: str) -> Tensor:
+        """A table's rows (R, width), sharing memory with what is trained."""
+        width, start, rows = self._places[name]
+        return self._stored(width)[start : start + rows]
+
+    def _stored(self, width: str) -> Tensor:
+        return cast("Tensor", getattr(self, f"_stored_{width}"))
 
     def forward(self, inputs: Inputs) -> Tensor:
         """(B, F) ids, G bags and (B, M) numbers in, (B, D) out."""
-        tables = cast("dict[str, nn.EmbeddingBag]", self.tables)
-        single = [
-            nn.functional.embedding(inputs.deep_ids[:, i], tables[name].weight, sparse=True)
-            for i, name in enumerate(self._fields)
-        ]
+        single = [self._look_up(inputs.deep_ids, width) for width in self._widths]
         bags = [
-            tables[name](bag.values, bag.offsets.to(bag.values.dtype))
-            for name, bag in zip(self._bags, inputs.deep_bags, strict=True)
+            functional.embedding_bag(
+                bag.values + start,
+                self._stored(width),
+                bag.offsets.to(bag.values.dtype),
+                mode="mean",
+                sparse=True,
+                include_last_offset=True,
+            )
+            for (width, start, _), bag in zip(self._bags, inputs.deep_bags, strict=True)
         ]
         return torch.cat([*single, *bags, inputs.numeric], dim=1)
+
+    def _look_up(self, ids: Tensor, width: str) -> Tensor:
+        """(B, F) ids → (B, fields of that width x width)."""
+        columns = cast("Tensor", getattr(self, f"_columns_{width}"))
+        chosen = ids if len(columns) == ids.shape[1] else ids.index_select(1, columns)
+        rows = chosen + cast("Tensor", getattr(self, f"_starts_{width}"))
+        return functional.embedding(rows, self._stored(width), sparse=True).flatten(1)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name in self._places:
+            table = self.table(name)
+            destination[f"{prefix}tables.{name}.weight"] = table if keep_vars else table.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        expected = {f"{prefix}tables.{name}.weight": name for name in self._places}
+        unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in expected]
+        for key, name in expected.items():
+            table = self.table(name)
+            if key not in state_dict:
+                missing_keys.append(key)
+            elif state_dict[key].shape != table.shape:
+                error_msgs.append(
+                    f"{key} has shape {tuple(state_dict[key].shape)}; the model's is "
+                    f"{tuple(table.shape)}"
+                )
+            else:
+                with torch.no_grad():
+                    table.copy_(state_dict[key])
+
+
+class ReluLinear(nn.Linear):
+    """ReLU(x W^T + b); in training the products may be computed in bfloat16.
+
+    Weights, their gradients and the sums inside a product stay float32.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bfloat16: bool = False) -> None:
+        super().__init__(inputs, outputs)
+        self._bfloat16 = bfloat16
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs) in, (B, outputs) out; bfloat16 if that is what it computes in."""
+        dtype = torch.bfloat16 if self._bfloat16 and self.training else self.weight.dtype
+        if x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and len(x):
+            activated: Tensor = _ReluLinear.apply(  # type: ignore[no-untyped-call]
+                x, self.weight, self.bias, dtype
+            )
+            return activated
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return functional.relu(functional.linear(x.to(dtype), weight, bias))
+
+
+class _ReluLinear(torch.autograd.Function):
+    """`ReluLinear` on a CPU by oneDNN's fused product, which is what torch compiles it to.
+
+    Beside what autograd would do it saves a pass over the activations each way, and pads odd
+    widths.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.inputs, ctx.x_dtype = x.shape[1], x.dtype
+        used, product = _padded(x, dtype), _padded(weight, dtype)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            used, product, bias.to(dtype), "relu", [], ""
+        )
+        ctx.save_for_backward(used, product, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        used, product, output = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradients[0].to(output.dtype), output, 0)
+        into: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            if gradient.dtype == torch.bfloat16:
+                into = gradient @ product
+            else:
+                into = torch.ops.mkldnn._linear_pointwise(
+                    gradient, product.t().contiguous(), None, "none", [], ""
+                )
+            into = into[:, : ctx.inputs].to(ctx.x_dtype)
+        weight = (gradient.t() @ used)[:, : ctx.inputs].float()
+        return into, weight, gradient.sum(0, dtype=torch.float32), None
+
+
+def _padded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) in a type; in bfloat16, with zeros up to a multiple of `_LANES` columns."""
+    rows, columns = values.shape
+    over = -columns % _LANES if dtype == torch.bfloat16 else 0
+    if not over:
+        return values.to(dtype).contiguous()
+    padded = values.new_zeros((rows, columns + over), dtype=dtype)
+    padded[:, :columns] = values
+    return padded
 
 
 class Deep(nn.Module):
@@ -54,20 +192,24 @@ class Deep(nn.Module):
     Args:
         hidden: widths of the ReLU layers.
         dropout: share of activations dropped after each.
+        bfloat16: whether the ReLU layers' products may be computed so in training.
     """
 
-    def __init__(self, layout: Layout, hidden: tuple[int, ...], dropout: float) -> None:
+    def __init__(
+        self, layout: Layout, hidden: tuple[int, ...], dropout: float, bfloat16: bool = False
+    ) -> None:
         super().__init__()
         self.embeddings = Embeddings(layout)
         layers: list[nn.Module] = []
         width = layout.deep_width
         for next_width in hidden:
-            layers += [nn.Linear(width, next_width), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] if dropout else []
+            layers += [ReluLinear(width, next_width, bfloat16), nn.Dropout(dropout)]
             width = next_width
         self.layers = nn.Sequential(*layers, nn.Linear(width, 1, bias=False))
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits, shape (B,)."""
-        logit: Tensor = self.layers(self.embeddings(inputs)).squeeze(-1)
+        activated = self.layers[:-1](self.embeddings(inputs))
+        # Eight bits would round logits that differ; the last product is small.
+        logit: Tensor = self.layers[-1](activated.to(self.layers[-1].weight.dtype)).squeeze(-1)
         return logit

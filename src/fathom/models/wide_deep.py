@@ -9,6 +9,10 @@ from fathom.models.deep import Deep
 from fathom.models.wide import Wide
 
 
+def _deep(layout: Layout, config: TrainingConfig) -> Deep:
+    return Deep(layout, config.hidden, config.dropout, config.precision == "bfloat16")
+
+
 def wide(layout: Layout, config: TrainingConfig) -> Model:
     """The wide part alone: memorises, and gives unseen combinations nothing."""
     return Model(Wide(layout), None)
@@ -16,12 +20,12 @@ def wide(layout: Layout, config: TrainingConfig) -> Model:
 
 def deep(layout: Layout, config: TrainingConfig) -> Model:
     """The deep part alone: generalises, and blurs exceptions."""
-    return Model(None, Deep(layout, config.hidden, config.dropout))
+    return Model(None, _deep(layout, config))
 
 
 def wide_deep(layout: Layout, config: TrainingConfig) -> Model:
     """Both parts, summed before the loss and trained together."""
-    return Model(Wide(layout), Deep(layout, config.hidden, config.dropout))
+    return Model(Wide(layout), _deep(layout, config))
 
 
 MODELS: dict[str, Builder] = {"wide": wide, "deep": deep, "wide_deep": wide_deep}
