@@ -169,7 +169,10 @@ def test_a_batch_is_saved_and_mapped_back(tmp_path: Path, saved: Batch) -> None:
             assert array.dtype == getattr(saved, part).dtype
             if array.size:  # what is changed in memory is not written back
                 array.flat[0] += 1
-                assert getattr(Batch.load(tmp_path / "batch"), part).flat[0] == getattr(saved, part).flat[0]
+                assert (
+                    getattr(Batch.load(tmp_path / "batch"), part).flat[0]
+                    == getattr(saved, part).flat[0]
+                )
     for bag in (*loaded.deep_bags, *loaded.wide_bags):
         assert isinstance(bag.values, np.memmap)
         assert bag.values.dtype == np.int32

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fathom import training
+from fathom import step, training
 from fathom.batch import Batch, Layout, Ragged
 from fathom.config import TrainingConfig
 from fathom.models import Inputs, Model, build, score
@@ -114,7 +114,7 @@ def test_one_step_moves_every_part_by_the_gradient_of_one_loss_of_the_sum():
         after["wide.weight"][:, 0], -g / ((1 + np.abs(g)) / 0.1), rtol=1e-4, atol=1e-8
     )
     # Bias: AdaGrad's first step, on the mean, with a sum of squares that starts above 0.
-    mean, initial = residual.mean(), training._INITIAL_ACCUMULATOR
+    mean, initial = residual.mean(), step._INITIAL_ACCUMULATOR
     assert after["bias"] == pytest.approx(-0.05 * mean / math.sqrt(initial + mean**2), rel=1e-4)
     # Deep: every layer moved in the same step, and of the tables just the rows looked up.
     start = state(before)

@@ -6,16 +6,13 @@ S single-valued wide slots, T multi-valued wide slots.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from fathom.files import write_json
 
 IntArray = NDArray[np.int32]
 
@@ -117,6 +114,40 @@ class Batch:
             weight=None if self.weight is None else self.weight[index],
         )
 
+    def faults(self, layout: Layout, task: str) -> list[str]:
+        """Why nothing can be learnt from these examples, in words; none if it can."""
+        if len(self) == 0:
+            return ["is empty; move the split's dates in conf"]
+        if self.label is None:
+            return ["has no labels"]
+        known = np.isfinite(self.label)
+        counts = {
+            "numeric inputs that are not finite": int((~np.isfinite(self.numeric)).sum()),
+            "labels that are not finite": int((~known).sum()),
+            "ids outside of their tables": self._outside(layout),
+        }
+        if self.weight is not None:
+            odd = ~np.isfinite(self.weight) | (self.weight < 0)
+            counts["weights that are negative or not finite"] = int(odd.sum())
+        if task == "binary":
+            odd = known & ~np.isin(self.label, (0.0, 1.0))
+            counts["labels other than 0 and 1"] = int(odd.sum())
+        found = [f"{count} {what}" for what, count in counts.items() if count]
+        return [f"has {' and '.join(found)}; encode it again"] if found else []
+
+    def _outside(self, layout: Layout) -> int:
+        """How many ids have no row."""
+        fields = [(self.deep_ids[:, i], table) for i, table in enumerate(layout.fields)]
+        fields += [(b.values, t) for b, t in zip(self.deep_bags, layout.bags, strict=True)]
+        columns: list[tuple[NDArray[Any], int]] = [
+            *((ids, layout.tables[table][0]) for ids, table in fields),
+            *(
+                (ids, layout.wide_rows)
+                for ids in (self.wide_ids, *(b.values for b in self.wide_bags))
+            ),
+        ]
+        return sum(int(((ids < 0) | (ids >= rows)).sum()) for ids, rows in columns if ids.size)
+
     def save(self, folder: Path) -> None:
         """Write each part as a flat ``.npy`` file, which `load` maps into memory."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,29 +225,25 @@ class Layout:
     wide_slots: tuple[int, ...]
     wide_bags: int
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        write_json(path, asdict(self))
-
     @classmethod
-    def load(cls, path: Path) -> Layout:
-        """Read what `save` wrote.
+    def of(cls, plain: Mapping[str, Any]) -> Layout:
+        """From plain values, such as ``dataclasses.asdict`` makes and JSON gives back.
 
         Raises:
-            BatchError: the file is missing, or no layout.
+            BatchError: something is missing or of another type.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            tables = {n: (int(rows), int(width)) for n, (rows, width) in plain["tables"].items()}
             return cls(
-                numeric=int(found["numeric"]),
-                tables={n: (int(rows), int(width)) for n, (rows, width) in found["tables"].items()},
-                fields=tuple(found["fields"]),
-                bags=tuple(found["bags"]),
-                wide_slots=tuple(int(rows) for rows in found["wide_slots"]),
-                wide_bags=int(found["wide_bags"]),
+                numeric=int(plain["numeric"]),
+                tables=tables,
+                fields=tuple(plain["fields"]),
+                bags=tuple(plain["bags"]),
+                wide_slots=tuple(int(rows) for rows in plain["wide_slots"]),
+                wide_bags=int(plain["wide_bags"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BatchError(f"{path} is no layout ({error!r}); encode the splits again") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BatchError(f"no layout ({error!r}); encode the splits again") from error
 
     @property
     def deep_width(self) -> int:

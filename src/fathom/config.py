@@ -45,7 +45,8 @@ class TrainingConfig:
             windows of so many, of blocks in random order, and streamed from disk.
         precision: ``float32``, or ``bfloat16`` for the hidden layers' products. Weights, the wide
             part and scoring are float32 always.
-        checkpoint_seconds: time between two checkpoints of a run that keeps them; 0 for none.
+        checkpoint_seconds: time between two checkpoints within an epoch; 0 for none but the one at
+            the end of each.
         seed: of the initial weights, the order of examples and dropout.
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA where it is.
         threads: CPU threads; 0 leaves torch's own choice.

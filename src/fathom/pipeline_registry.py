@@ -3,8 +3,8 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-#: Not part of ``kedro run``: what they read, a run does not make.
-APART = frozenset({"replay"})
+#: Not part of ``kedro run``: replay reads what a run does not make, tuning trains many times.
+APART = frozenset({"replay", "tuning"})
 
 
 def register_pipelines() -> dict[str, Pipeline]:

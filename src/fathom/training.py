@@ -8,6 +8,7 @@ Needs torch and numpy alone, so that it runs where nothing else is installed::
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -16,30 +17,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from fathom import checkpoint
-from fathom.batch import Batch, Layout
+from fathom.batch import Batch, BatchError, Layout
 from fathom.checkpoint import CheckpointError
-from fathom.config import TrainingConfig
+from fathom.config import ConfigError, TrainingConfig
 from fathom.feed import Examples, Feed, weights
 from fathom.files import remove, replacing
 from fathom.models import Model, build, score
-from fathom.models.deep import Embeddings
 from fathom.models.wide import Wide
-from fathom.optim import FTRLProximal, SparseAdagrad, SparseRows, sum_duplicates
 from fathom.parallel import Group
+from fathom.step import Optimizers, Task, learning_rate, losses
 
-Task = Literal["binary", "regression"]
 #: What is reported while training: a name, its value, and the step it belongs to.
 Report = Callable[[str, float, int], None]
 
@@ -48,10 +45,6 @@ _PROGRESS_SECONDS = 5.0
 _CUDA_CHECK = 100
 #: A batch's loss of so many times that of an untrained model means that training diverges.
 _EXPLODED = 1000.0
-#: AdaGrad's accumulator of dense weights starts near zero: gradients of a mean over a batch are
-#: small, so a larger start would outweigh them, and every weight would move at the same rate.
-_INITIAL_ACCUMULATOR = 1e-6
-
 log = logging.getLogger(__name__)
 
 
@@ -80,139 +73,6 @@ class Trained:
     history: list[Epoch] = field(default_factory=list)
 
 
-class Optimizers:
-    """One optimizer for each part of a model, stepped together.
-
-    Args:
-        group: the processes that share each step.
-    """
-
-    def __init__(self, model: Model, config: TrainingConfig, group: Group | None = None) -> None:
-        self._group = group or Group()
-        self._clip = config.clip_norm
-        wide = [part.weight for part in model.modules() if isinstance(part, Wide)]
-        tables: list[Tensor] = [
-            table
-            for part in model.modules()
-            if isinstance(part, Embeddings)
-            for table in part.stored
-        ]
-        sparse = {id(table) for table in (*wide, *tables)}
-        dense = [weight for weight in model.parameters() if id(weight) not in sparse]
-        self.wide: FTRLProximal | None = None
-        if wide:
-            self.wide = FTRLProximal(
-                wide, config.wide_learning_rate, 1.0, config.wide_l1, config.wide_l2
-            )
-        self.embeddings: SparseRows | None = None
-        if tables:  # none when every deep column is numeric
-            self.embeddings = _embedding_optimizer(tables, config)
-        self.dense: torch.optim.Optimizer = torch.optim.Adagrad(
-            dense,
-            config.deep_learning_rate,
-            initial_accumulator_value=_INITIAL_ACCUMULATOR,
-            fused=model.bias.device.type == "cpu",  # where alone torch has it
-        )
-        self.sparse = [part for part in (self.wide, self.embeddings) if part is not None]
-        for optimizer in self.sparse:
-            optimizer.prepare()
-        self._decaying = [
-            (optimizer, float(optimizer.defaults["lr"]))
-            for optimizer in (self.dense, *self.sparse)
-            if not isinstance(optimizer, FTRLProximal)
-        ]
-
-    def step(self, loss: Tensor, examples: int, rate: float) -> None:
-        """One joint update from the gradient of a loss, its share of the mean over ``examples``.
-
-        Args:
-            rate: what the AdaGrad learning rates are multiplied by.
-        """
-        for optimizer, base in self._decaying:
-            for group in optimizer.param_groups:
-                group["lr"] = base * rate
-        for optimizer in (self.dense, *self.sparse):
-            optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        dense = [w.grad for g in self.dense.param_groups for w in g["params"] if w.grad is not None]
-        self._group.sum_(dense)
-        rows = {
-            optimizer: [
-                (table, *sum_duplicates(*self._gradient(table))) for table in optimizer.tables
-            ]
-            for optimizer in self.sparse
-        }
-        if self._clip:
-            embedded = rows.get(self.embeddings, []) if self.embeddings else []
-            _clip([*dense, *(sums for *_, sums in embedded)], self._clip)
-        self.dense.step()
-        for optimizer, touched in rows.items():
-            if isinstance(optimizer, FTRLProximal):
-                optimizer.scale = float(examples)
-            for table, indices, sums in touched:
-                optimizer.update(table, indices, sums)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on beside the weights, by name."""
-        found = {}
-        for part, optimizer in self._parts().items():
-            weights = [w for group in optimizer.param_groups for w in group["params"]]
-            for number, weight in enumerate(weights):
-                for name, value in optimizer.state[weight].items():
-                    if torch.is_tensor(value):
-                        found[f"{part}.{number}.{name}"] = value
-        return found
-
-    def _parts(self) -> dict[str, torch.optim.Optimizer]:
-        parts = {"dense": self.dense, "wide": self.wide, "embeddings": self.embeddings}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def _gradient(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = table.grad
-        if gradient is None:  # no example of the batch looked a row up
-            none = torch.zeros(0, dtype=torch.int64, device=table.device)
-            return self._group.gather(none, table.new_zeros((0, table.shape[1])))
-        return self._group.gather(gradient._indices()[0], gradient._values())
-
-
-def _embedding_optimizer(tables: list[Tensor], config: TrainingConfig) -> SparseRows:
-    if config.embedding_optimizer == "ftrl":
-        return FTRLProximal(
-            tables,
-            config.embedding_learning_rate,
-            1.0,
-            config.embedding_l1,
-            config.embedding_l2,
-            config.embedding_group_l1,
-        )
-    rowwise = config.embedding_optimizer == "rowwise_adagrad"
-    return SparseAdagrad(tables, config.embedding_learning_rate, rowwise=rowwise)
-
-
-def _clip(gradients: list[Tensor], bound: float) -> None:
-    """Scale gradients in place so that the norm of all together is within the bound."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    factor = (bound / norm.clamp(min=1e-12)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor)
-
-
-def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
-    """What the AdaGrad learning rates are multiplied by at a step, from 0, of so many.
-
-    >>> config = TrainingConfig(warmup_steps=2, final_rate=0.5)
-    >>> [round(learning_rate(config, step, 10), 3) for step in (0, 1, 2, 6, 10)]
-    [0.333, 0.667, 1.0, 0.75, 0.5]
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.final_rate + (1 - config.final_rate) * left
-
-
 def train(
     layout: Layout,
     training: Batch,
@@ -236,20 +96,17 @@ def train(
         CheckpointError: a checkpoint cannot be written or read.
     """
     faults = [
-        *_faults("training", training, layout, task),
-        *_faults("validation", validation, layout, task),
+        f"the {name} split {fault}"
+        for name, split in (("training", training), ("validation", validation))
+        for fault in split.faults(layout, task)
     ]
     if faults:
         raise TrainingError("; ".join(faults))
     _keep_freed_memory()
-    with ExitStack() as stack:
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom-")))
-            config_seconds = 0.0
-        else:
-            config_seconds = config.checkpoint_seconds
-        run = Run(layout, training, validation, config, task, folder, config_seconds, report)
-        return run.finish()
+    if folder is not None:
+        return Run(layout, training, validation, config, task, folder, report).finish()
+    with tempfile.TemporaryDirectory(prefix="fathom-") as passing:
+        return Run(layout, training, validation, config, task, Path(passing), report).finish()
 
 
 class Run:
@@ -263,11 +120,9 @@ class Run:
         config: TrainingConfig,
         task: Task,
         folder: Path,
-        checkpoint_seconds: float,
         report: Report | None,
     ) -> None:
         self._config, self._task, self._folder = config, task, folder
-        self._checkpoint_seconds = checkpoint_seconds
         self._report = report or (lambda name, value, step: None)
         self._device = torch.device(_device(config.device))
         if config.threads:
@@ -291,7 +146,7 @@ class Run:
         self.model = build(layout, config).to(self._device)
         self._optimizers = Optimizers(self.model, config, self._group)
         self._ceiling = _EXPLODED * _initial_loss(training, config, task)
-        self._key = _key(layout, training, validation, config, task, self._group.world)
+        self._key = _key(layout, training, validation, config, task)
         self._epoch, self._batch = 1, 0
         self._total = torch.zeros((), dtype=torch.float64, device=self._device)
         self._best_epoch, self._best_loss = 0, math.inf
@@ -340,8 +195,8 @@ class Run:
             if now - reported > _PROGRESS_SECONDS:
                 reported = now
                 self._say(first, now - started)
-            due = self._checkpoint_seconds and now - saved > self._checkpoint_seconds
-            if due and self._group.world == 1:
+            between = config.checkpoint_seconds
+            if between and now - saved > between and self._group.world == 1:
                 self._save()
                 saved = time.perf_counter()
         done = (batches - first) * config.batch_size
@@ -350,8 +205,8 @@ class Run:
 
     def _loss(self, examples: Examples) -> Tensor:
         """The sum of the examples' weighted losses."""
-        losses = _losses(self.model(examples.inputs), examples.label, self._task)
-        return losses.sum() if examples.weight is None else (losses * examples.weight).sum()
+        each = losses(self.model(examples.inputs), examples.label, self._task)
+        return each.sum() if examples.weight is None else (each * examples.weight).sum()
 
     def _validate(self) -> None:
         """Close an epoch: score validation, keep the weights if they are the best."""
@@ -359,10 +214,10 @@ class Run:
         self._group.sum_(sums)
         train_loss = float(sums[0]) / self._rows
         logits = torch.from_numpy(score(self.model, self._validation))
-        losses = _losses(logits, _label(self._validation), self._task)
+        each = losses(logits, _label(self._validation), self._task)
         if self._validation_weight is not None:
-            losses = losses * torch.from_numpy(self._validation_weight)
-        loss = float(losses.mean(dtype=torch.float64))
+            each = each * torch.from_numpy(self._validation_weight)
+        loss = float(each.mean(dtype=torch.float64))
         if not math.isfinite(loss) or not math.isfinite(train_loss):
             raise TrainingError(
                 f"the loss after epoch {self._epoch} is {train_loss} in training and {loss} in "
@@ -388,8 +243,7 @@ class Run:
                 self._keep_best()
         self._epoch, self._batch = self._epoch + 1, 0
         self._total.zero_()
-        if self._checkpoint_seconds:
-            self._save()
+        self._save()
         if self._group.leads:
             # A checkpoint of before named the weights of before, which go now that it has gone.
             for older in set(self._folder.glob("best-*")) - {self._best}:
@@ -447,10 +301,9 @@ class Run:
     def _tensors(self) -> dict[str, Tensor]:
         weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         state = {f"optimizer.{n}": value for n, value in self._optimizers.tensors().items()}
-        random = {"random.cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            random["random.cuda"] = torch.cuda.get_rng_state(self._device)
-        return {**weights, **state, **random, "total": self._total}
+        on_cuda = self._device.type == "cuda"
+        random = torch.cuda.get_rng_state(self._device) if on_cuda else torch.get_rng_state()
+        return {**weights, **state, "random": random, "total": self._total}
 
     def _save(self) -> None:
         if not self._group.leads:
@@ -468,7 +321,7 @@ class Run:
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if it is of this very training."""
-        found = checkpoint.latest(self._folder) if self._checkpoint_seconds else None
+        found = checkpoint.latest(self._folder)
         state = checkpoint.state_of(found) if found else {}
         if found is None or state.get("key") != self._key:
             if found is not None and self._group.leads:
@@ -477,21 +330,13 @@ class Run:
             return
         tensors = self._tensors()
         checkpoint.load(found, tensors)
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self._device)
+        restore = torch.cuda.set_rng_state if self._device.type == "cuda" else torch.set_rng_state
+        restore(tensors["random"])
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._best_epoch = state["best_epoch"]
         self._best_loss = state["best_loss"] if self._best_epoch else math.inf
         self._history = [Epoch(**epoch) for epoch in state["history"]]
         log.info("going on from %s: epoch %d, batch %d", found, self._epoch, self._batch + 1)
-
-
-def _losses(prediction: Tensor, label: Tensor, task: Task) -> Tensor:
-    """(B,) logistic losses of logits, or squared errors of predicted values."""
-    if task == "binary":
-        return functional.binary_cross_entropy_with_logits(prediction, label, reduction="none")
-    return functional.mse_loss(prediction, label, reduction="none")
 
 
 def _initial_loss(batch: Batch, config: TrainingConfig, task: Task) -> float:
@@ -549,12 +394,12 @@ def _key(
     validation: Batch,
     config: TrainingConfig,
     task: Task,
-    world: int,
 ) -> str:
     """What a training is told from others by: its settings and, by samples, its splits."""
     settings = config.as_dict()
-    settings.pop("checkpoint_seconds")
-    digest = hashlib.sha256(json.dumps([settings, asdict(layout), task, world]).encode())
+    for name in ("checkpoint_seconds", "device", "threads"):  # where it runs, not what it is
+        settings.pop(name)
+    digest = hashlib.sha256(json.dumps([settings, asdict(layout), task]).encode())
     for split in (training, validation):
         step = max(len(split) // 1000, 1)
         sample = split.take(np.arange(0, len(split), step))
@@ -570,39 +415,53 @@ def _key(
     return digest.hexdigest()
 
 
-def _faults(name: str, batch: Batch, layout: Layout, task: Task) -> list[str]:
-    """What is wrong with a split, in words."""
-    if len(batch) == 0:
-        return [f"the {name} split is empty; move the split's dates in conf"]
-    if batch.label is None:
-        return [f"the {name} split has no labels"]
-    known = np.isfinite(batch.label)
-    counts = {
-        "numeric inputs that are not finite": int((~np.isfinite(batch.numeric)).sum()),
-        "labels that are not finite": int((~known).sum()),
-        "ids outside of their tables": _outside(batch, layout),
-    }
-    if batch.weight is not None:
-        odd = ~np.isfinite(batch.weight) | (batch.weight < 0)
-        counts["weights that are negative or not finite"] = int(odd.sum())
-    if task == "binary":
-        odd = known & ~np.isin(batch.label, (0.0, 1.0))
-        counts["labels other than 0 and 1"] = int(odd.sum())
-    found = [f"{count} {what}" for what, count in counts.items() if count]
-    return [f"the {name} split has {' and '.join(found)}; encode it again"] if found else []
-
-
-def _outside(batch: Batch, layout: Layout) -> int:
-    """How many ids have no row."""
-    columns: list[tuple[NDArray[Any], int]] = []
-    columns += [(batch.deep_ids[:, i], layout.tables[t][0]) for i, t in enumerate(layout.fields)]
-    for bag, table in zip(batch.deep_bags, layout.bags, strict=True):
-        columns.append((bag.values, layout.tables[table][0]))
-    columns += [(batch.wide_ids, layout.wide_rows)]
-    columns += [(bag.values, layout.wide_rows) for bag in batch.wide_bags]
-    return sum(int(((ids < 0) | (ids >= rows)).sum()) for ids, rows in columns if ids.size)
-
-
 def _shown(rows: NDArray[Any]) -> str:
     shown = ", ".join(f"{row:,}" for row in rows[:5])
     return f"{shown} and {len(rows) - 5:,} more" if len(rows) > 5 else shown
+
+
+def main() -> None:
+    """Train on encoded splits from the command line, alone or as one of ``torchrun``'s processes.
+
+    Leaves a finished checkpoint, which the training pipeline goes on from.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fathom.training",
+        description="Joint training on encoded splits; needs torch and numpy alone.",
+        epilog="More processes: torchrun --nproc-per-node 2 -m fathom.training INPUT CHECKPOINTS",
+    )
+    parser.add_argument("input", type=Path, help="folder with job.json, train and validation")
+    parser.add_argument("checkpoints", type=Path, help="folder to keep checkpoints in")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the job's")
+    parser.add_argument("--threads", type=int, help="instead of the job's")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        job = _job(given.input)
+        chosen = {n: v for n in ("device", "threads") if (v := getattr(given, n)) is not None}
+        config = replace(TrainingConfig(**job["training"]), **chosen)
+        training, validation = (Batch.load(given.input / n) for n in ("train", "validation"))
+        layout = Layout.of(job["layout"])
+        trained = train(layout, training, validation, config, job["task"], given.checkpoints)
+    except (TrainingError, CheckpointError, BatchError, ConfigError) as error:
+        sys.exit(f"fathom.training: {error}")
+    best = trained.history[trained.best_epoch - 1]
+    log.info("best epoch %d: validation loss %.5f", best.epoch, best.validation_loss)
+
+
+def _job(folder: Path) -> dict[str, Any]:
+    """What the training pipeline's `describe_job` wrote."""
+    path = folder / "job.json"
+    try:
+        job = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(job, dict) or not {"task", "layout", "training"} <= set(job):
+            raise ValueError("it lacks task, layout or training")
+    except (OSError, ValueError) as error:
+        raise BatchError(
+            f"{path} cannot be read ({error}); run kedro run --pipelines training first"
+        ) from error
+    return job
+
+
+if __name__ == "__main__":
+    main()

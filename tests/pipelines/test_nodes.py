@@ -19,7 +19,7 @@ configure_project("fathom")
 NODES = {node.name: node for node in pipelines["__default__"].nodes}
 
 #: Parameters that are plain text: paths.
-PLAIN = {"params:registry", "params:data_docs"}
+PLAIN = {"params:checkpoints", "params:registry", "params:data_docs"}
 
 
 def test_the_default_pipeline_is_the_sum_of_the_others():
@@ -36,6 +36,7 @@ def test_the_default_pipeline_is_the_sum_of_the_others():
         "replay",
         "reporting",
         "training",
+        "tuning",
         "validation",
     ]
 

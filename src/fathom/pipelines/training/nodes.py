@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,14 +58,24 @@ def encode(encoder: Encoder, split_frame: Table) -> Batch:
     return encoder.encode(_frame(split_frame, encoder.spec))
 
 
+def describe_job(encoder: Encoder, training: TrainingConfig) -> dict[str, Any]:
+    """What ``python -m fathom.training`` needs to know beside the encoded splits."""
+    return {
+        "task": encoder.spec.task,
+        "layout": dataclasses.asdict(encoder.layout),
+        "training": training.as_dict(),
+    }
+
+
 def train_candidate(
     encoder: Encoder,
     train_batch: Batch,
     validation_batch: Batch,
     training: TrainingConfig,
     split: SplitConfig,
+    checkpoints: str,
 ) -> tuple[Ranker, str, list[dict[str, Any]]]:
-    """Train a model jointly.
+    """Train a model jointly, from the last checkpoint of the same training if there is one.
 
     Returns:
         The candidate ranker, its version, and what each epoch gave.
@@ -73,7 +85,14 @@ def train_candidate(
     from fathom.ranker import Ranker
     from fathom.training import train
 
-    trained = train(encoder.layout, train_batch, validation_batch, training, encoder.spec.task)
+    trained = train(
+        encoder.layout,
+        train_batch,
+        validation_batch,
+        training,
+        encoder.spec.task,
+        Path(checkpoints),
+    )
     provenance = {
         "seed": training.seed,
         "data_hash": _data_hash(train_batch, validation_batch),

@@ -3,6 +3,7 @@
 from kedro.pipeline import Node, Pipeline
 
 from fathom.pipelines.training.nodes import (
+    describe_job,
     encode,
     encode_train,
     plot_training,
@@ -44,6 +45,13 @@ def create_pipeline() -> Pipeline:
                 tags="training",
             ),
             Node(
+                describe_job,
+                name="describe_job",
+                inputs=["encoder", "params:training"],
+                outputs="training_job",
+                tags="training",
+            ),
+            Node(
                 train_candidate,
                 name="train_candidate",
                 inputs=[
@@ -52,6 +60,7 @@ def create_pipeline() -> Pipeline:
                     "validation_batch",
                     "params:training",
                     "params:split",
+                    "params:checkpoints",
                 ],
                 outputs=["candidate", "candidate_version", "training_curves"],
                 tags="training",
