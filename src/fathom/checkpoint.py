@@ -78,14 +78,18 @@ def state_of(folder: Path) -> dict[str, Any]:
     return dict(_description(folder)["state"])
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def load(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     """Copy a checkpoint's tensors into the given ones.
+
+    Args:
+        tensors: all that it holds, or all of those whose names start with ``prefix``.
 
     Raises:
         CheckpointError: tensors are missing, cut short or of another shape; names all of them, and
             copies none.
     """
-    shapes = _description(folder)["tensors"]
+    held = _description(folder)["tensors"]
+    shapes = {name: shape for name, shape in held.items() if name.startswith(prefix)}
     faults = [f"{name} is not in it" for name in tensors if name not in shapes]
     faults += [f"{name} is of no use here" for name in shapes if name not in tensors]
     read: dict[str, Any] = {}

@@ -365,6 +365,20 @@ class CrossVocabulary:
             ids = np.where(self.keys[place] == keys, place + FIRST_KNOWN, UNKNOWN)
         return np.where(keys == _NOTHING, MISSING, ids).astype(np.int32)
 
+    def rows_of(self, old: CrossVocabulary) -> NDArray[np.int64]:
+        """Which row of an older one each row was, (R,), -1 for none."""
+        if self.buckets is not None or old.buckets is not None:
+            same = self.buckets == old.buckets
+            return np.arange(self.rows) if same else np.full(self.rows, -1)
+        return _carried(self.keys.tolist(), old.keys.tolist())
+
+
+def _carried(new: Sequence[Any], old: Sequence[Any]) -> NDArray[np.int64]:
+    """Old rows of new keys, -1 for those that are new, after those of the reserved ids."""
+    rows = {key: row for row, key in enumerate(old, FIRST_KNOWN)}
+    reserved = range(FIRST_KNOWN)
+    return np.array([*reserved, *(rows.get(key, -1) for key in new)], np.int64)
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -391,6 +405,37 @@ class Encoder:
             wide_slots=tuple(rows for _, rows, _ in slots),
             wide_bags=sum(bag for _, _, bag in slots),
         )
+
+    def rows_of(self, old: Encoder) -> dict[str, NDArray[np.int64]]:
+        """Which row of an older encoder's tables each row of this one's was, by key.
+
+        For a warm start (`fathom.warm`). The reserved ids are their own keys. A hashed cross has no
+        keys: its rows are carried if it has as many buckets.
+
+        Returns:
+            For each table by name, and for the wide part as ``wide``, (R,) old rows, -1 for none.
+        """
+        found = {
+            name: _carried(new.values, old.tables[name].values)
+            for name, new in self.tables.items()
+            if name in old.tables
+        }
+        starts, start = {}, 0
+        for name, rows, _ in old._wide_slots():
+            starts[name] = start
+            start += rows
+        slots = []
+        for name, rows, _ in self._wide_slots():
+            mine, other = (side.wide.get(name) for side in (self, old))
+            if mine is not None and other is not None:
+                places = _carried(mine.values, other.values)
+            elif name in self.crosses and name in old.crosses:
+                places = self.crosses[name].rows_of(old.crosses[name])
+            else:
+                places = np.full(rows, -1)
+            slots.append(np.where(places >= 0, places + starts.get(name, 0), -1))
+        found["wide"] = np.concatenate(slots) if slots else np.zeros(0, np.int64)
+        return found
 
     @property
     def wide_slots(self) -> tuple[str, ...]:

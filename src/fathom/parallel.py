@@ -73,7 +73,13 @@ class Group:
         if self.world > 1:
             distributed.barrier()
 
-    def leave(self) -> None:
-        """End the exchange; the other processes must do so too."""
-        if self.world > 1:
+    @staticmethod
+    def leading() -> bool:
+        """Whether this process will be the first, before it has joined the others."""
+        return os.environ.get("RANK", "0") == "0"
+
+    @staticmethod
+    def leave() -> None:
+        """End the exchange, if there was one; the other processes must do so too."""
+        if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -36,6 +36,7 @@ from fathom.models import Model, build, score
 from fathom.models.wide import Wide
 from fathom.parallel import Group
 from fathom.step import Optimizers, Task, learning_rate, losses
+from fathom.warm import WarmStart
 
 #: What is reported while training: a name, its value, and the step it belongs to.
 Report = Callable[[str, float, int], None]
@@ -81,6 +82,7 @@ def train(
     task: Task,
     folder: Path | None = None,
     report: Report | None = None,
+    start: WarmStart | None = None,
 ) -> Trained:
     """Train a model; keep the weights of the epoch with the lowest validation loss.
 
@@ -89,6 +91,7 @@ def train(
         folder: where checkpoints are kept. If one is there of the same settings and splits, it is
             gone on from, and training ends, on a CPU bit for bit, as if it had never stopped.
         report: is told the losses and the rate as they become known.
+        start: what to start from instead of random weights.
 
     Raises:
         TrainingError: splits are empty, unlabelled or hold what cannot be learnt from (all faults
@@ -104,9 +107,11 @@ def train(
         raise TrainingError("; ".join(faults))
     _keep_freed_memory()
     if folder is not None:
-        return Run(layout, training, validation, config, task, folder, report).finish()
+        return Run(layout, training, validation, config, task, folder, report, start).finish()
     with tempfile.TemporaryDirectory(prefix="fathom-") as passing:
-        return Run(layout, training, validation, config, task, Path(passing), report).finish()
+        return Run(
+            layout, training, validation, config, task, Path(passing), report, start
+        ).finish()
 
 
 class Run:
@@ -121,6 +126,7 @@ class Run:
         task: Task,
         folder: Path,
         report: Report | None,
+        start: WarmStart | None,
     ) -> None:
         self._config, self._task, self._folder = config, task, folder
         self._report = report or (lambda name, value, step: None)
@@ -145,6 +151,8 @@ class Run:
         )
         self.model = build(layout, config).to(self._device)
         self._optimizers = Optimizers(self.model, config, self._group)
+        if start is not None:
+            start.apply(self.model, self._optimizers)
         self._ceiling = _EXPLODED * _initial_loss(training, config, task)
         self._key = _key(layout, training, validation, config, task)
         self._epoch, self._batch = 1, 0
@@ -161,7 +169,9 @@ class Run:
             self._validate()
         if self._stale:
             log.info("stopped: no better validation loss since epoch %d", self._best_epoch)
-        checkpoint.load(self._best, dict(self.model.state_dict()))
+        self._group.wait()
+        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        checkpoint.load(self._best, weights, "model.")
         self.model.to("cpu").eval()
         return Trained(self.model, self._best_epoch, self._history)
 
@@ -171,7 +181,7 @@ class Run:
 
     @property
     def _best(self) -> Path:
-        """The weights of the best epoch so far, on disk: a second copy may not fit in memory."""
+        """What was learnt by the best epoch, on disk: a second copy may not fit in memory."""
         return self._folder / f"best-{self._best_epoch:04d}"
 
     def _pass(self) -> None:
@@ -253,7 +263,7 @@ class Run:
     def _keep_best(self) -> None:
         try:
             with replacing(self._best) as temporary:
-                checkpoint.save(temporary, dict(self.model.state_dict()), {})
+                checkpoint.save(temporary, self._learnt(), {})
         except OSError as error:
             raise CheckpointError(
                 f"the weights of epoch {self._epoch} cannot be written to {self._best} "
@@ -298,12 +308,16 @@ class Run:
         self._report("running_loss", loss, step)
         self._report("examples_per_second", rate, step)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _learnt(self) -> dict[str, Tensor]:
+        """Weights and optimizer states: what another training can start from."""
         weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         state = {f"optimizer.{n}": value for n, value in self._optimizers.tensors().items()}
+        return weights | state
+
+    def _tensors(self) -> dict[str, Tensor]:
         on_cuda = self._device.type == "cuda"
         random = torch.cuda.get_rng_state(self._device) if on_cuda else torch.get_rng_state()
-        return {**weights, **state, "random": random, "total": self._total}
+        return {**self._learnt(), "random": random, "total": self._total}
 
     def _save(self) -> None:
         if not self._group.leads:
@@ -435,7 +449,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the job's")
     parser.add_argument("--threads", type=int, help="instead of the job's")
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if Group.leading() else logging.WARNING  # one speaks for all
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         job = _job(given.input)
         chosen = {n: v for n in ("device", "threads") if (v := getattr(given, n)) is not None}
@@ -445,6 +460,7 @@ def main() -> None:
         trained = train(layout, training, validation, config, job["task"], given.checkpoints)
     except (TrainingError, CheckpointError, BatchError, ConfigError) as error:
         sys.exit(f"fathom.training: {error}")
+    Group.leave()
     best = trained.history[trained.best_epoch - 1]
     log.info("best epoch %d: validation loss %.5f", best.epoch, best.validation_loss)
 

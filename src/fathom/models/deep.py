@@ -55,6 +55,11 @@ class Embeddings(nn.Module):
         """The tables as they are stored and trained, one for each width."""
         return list(self.parameters())
 
+    @property
+    def places(self) -> dict[str, tuple[Tensor, int, int]]:
+        """Where each table is: the stored one, its first row there, and its rows."""
+        return {n: (self._stored(w), start, rows) for n, (w, start, rows) in self._places.items()}
+
     def table(self, name: str) -> Tensor:
         """A table's rows (R, width), sharing memory with what is trained."""
         width, start, rows = self._places[name]
