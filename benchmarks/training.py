@@ -12,6 +12,7 @@ as Criteo's. Every measurement runs in a process of its own; contestants take tu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -171,7 +172,7 @@ def measure(given: argparse.Namespace, cache: Path) -> dict[str, Any]:
             name: _run(name, model | {"profile": True}, given.environments, threads)
             for name in (ours if given.profile else [])
         },
-        "roofline": roofline(log, given.model, threads),
+        "roofline": roofline(log, given.model, threads, 0.2 if given.quick else 2.0),
         "targets": targets(found) if default else [],
         "code_version": fathom.__version__,
         "hardware": hardware(),
@@ -220,14 +221,21 @@ def flops_per_example(log: Mapping[str, Any], model: Mapping[str, Any]) -> int:
     """Of the deep part's products, forward and twice as many backward."""
     first = len(log["fields"]) * model["embedding"] + log["numeric"]
     widths = [first, *model["hidden"], 1]
-    return 6 * sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    return 6 * sum(a * b for a, b in itertools.pairwise(widths))
 
 
-def roofline(log: Mapping[str, Any], model: Mapping[str, Any], threads: int) -> dict[str, Any]:
+def roofline(
+    log: Mapping[str, Any], model: Mapping[str, Any], threads: int, seconds: float
+) -> dict[str, Any]:
     """What the machine does at most, and the examples per second that follow."""
     hidden = [*model["hidden"], *model["hidden"]][:2]
     shape = {"rows": model["batch_size"], "inputs": hidden[0], "outputs": hidden[-1]}
-    found = _apart(Path(sys.executable), "roofline.py", shape | {"threads": threads}, threads)
+    found = _apart(
+        Path(sys.executable),
+        "roofline.py",
+        shape | {"threads": threads, "seconds": seconds},
+        threads,
+    )
     flops = flops_per_example(log, model)
     # Rows are read and put beside each other; so are their gradients; rows are read and written.
     moved = 6 * 4 * len(log["fields"]) * model["embedding"]

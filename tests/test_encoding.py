@@ -889,3 +889,87 @@ def test_the_fingerprint_says_where_one_array_ends_and_the_next_begins() -> None
     # Joined without lengths, both would read: name one, name other, padding, name other.
     tail = np.frombuffer(b"." * (-len(name) % 8) + name, np.uint64)
     assert with_keys(spelled, none).fingerprint != with_keys(none, tail).fingerprint
+
+
+# -- a warm start's keys, and the weights of a sampled log ---------------------------------------
+
+
+def shop(genres: list[str], users: list[str]) -> dict[str, Any]:
+    """One row for each genre with each user, three times over, which is what `genre` asks for."""
+    rows = [(genre, user) for genre in genres for user in users] * 3
+    count = len(rows)
+    texts = {
+        "genre": np.array([genre for genre, _ in rows], object),
+        "user_id": np.array([user for _, user in rows], object),
+    }
+    return {
+        **texts,
+        "tags": Ragged.of([["new"]] * count),
+        "recent": Ragged.of([[genre] for genre, _ in rows]),
+        "price": np.arange(count, dtype=np.float32),
+        "visits": np.arange(count, dtype=np.float32),
+    }
+
+
+def test_rows_of_an_older_encoder_are_found_by_key() -> None:
+    old = fit_encoder(shop(["drama", "comedy"], ["ann", "bob"]), SPEC)
+    new = fit_encoder(shop(["action", "comedy"], ["bob", "cid", "ann"]), SPEC)
+    rows = new.rows_of(old)
+    users = {**{MISSING: MISSING, UNKNOWN: UNKNOWN}}
+    for key, row in {value: i for i, value in enumerate(new.tables["user_id"].values, 2)}.items():
+        known = old.tables["user_id"].values
+        users[row] = known.index(key) + FIRST_KNOWN if key in known else -1
+    assert rows["user_id"].tolist() == [users[i] for i in range(len(users))]
+    assert sorted(rows["user_id"].tolist()) == [-1, 0, 1, 2, 3]  # cid is new
+    assert sorted(rows["genre"].tolist()) == [
+        -1,
+        0,
+        1,
+        old.tables["genre"].ids(np.array(["comedy"], object))[0],
+    ]
+
+    # The wide table: an example that both know has the same ids, at their old places.
+    assert len(rows["wide"]) == new.layout.wide_rows
+    one = {
+        name: values.take(np.array([0])) if isinstance(values, Ragged) else values[:1]
+        for name, values in shop(["comedy"], ["ann"]).items()
+    }
+    before, after = old.encode(one), new.encode(one)
+    assert rows["wide"][after.wide_ids].tolist() == before.wide_ids.tolist()
+    for earlier, later in zip(before.wide_bags, after.wide_bags, strict=True):
+        assert rows["wide"][later.values].tolist() == earlier.values.tolist()
+
+
+def test_every_row_of_the_same_encoder_is_its_own() -> None:
+    encoder = fit_encoder(shop(["drama", "comedy"], ["ann", "bob"]), SPEC)
+    for rows in encoder.rows_of(encoder).values():
+        assert rows.tolist() == list(range(len(rows)))
+
+
+def test_a_cross_that_is_hashed_otherwise_has_no_old_rows() -> None:
+    keys = np.array([1, 5], np.uint64)
+    named, hashed = CrossVocabulary(keys, None), CrossVocabulary(keys[:0], 3)
+    assert hashed.rows_of(CrossVocabulary(keys[:0], 3)).tolist() == [0, 1, 2, 3, 4]
+    assert hashed.rows_of(CrossVocabulary(keys[:0], 4)).tolist() == [-1] * 5
+    assert hashed.rows_of(named).tolist() == [-1] * 5
+    assert named.rows_of(CrossVocabulary(keys[1:], None)).tolist() == [0, 1, -1, 2]
+
+
+def test_a_weight_is_the_inverse_of_the_inclusion_probability() -> None:
+    frame = shop(["drama", "comedy"], ["ann"])
+    encoder = fit_encoder(frame, SPEC)
+    assert encoder.encode(frame).weight is None
+    chances = np.array([1, 0.25, 0.5, 1, 1, 0.1])
+    weight = encoder.encode(frame | {"inclusion_probability": chances}).weight
+    assert weight is not None
+    assert weight.tolist() == pytest.approx([1, 4, 2, 1, 1, 10])
+    assert encoder.encode(frame | {"inclusion_probability": np.ones(6)}).weight is None
+
+
+@pytest.mark.parametrize("odd", [0.0, -0.1, 1.1, NAN])
+def test_an_inclusion_probability_is_a_probability(odd: float) -> None:
+    frame = shop(["drama", "comedy"], ["ann"])
+    encoder = fit_encoder(frame, SPEC)
+    chances = np.array([1, 1, 1, 1, odd, odd])
+    with pytest.raises(FrameError, match=r"inclusion_probability: 2 values are not in \(0, 1\]"):
+        encoder.encode(frame | {"inclusion_probability": chances})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fathom.optim import FTRLProximal, SparseAdagrad
+from fathom.optim import FTRLProximal, SparseAdagrad, sum_duplicates
 
 ROWS, WIDTH = 6, 3
 
@@ -283,3 +283,77 @@ def test_state_survives_saving(make):
     second.load_state_dict(first.state_dict())
     run(second, weight, taken[3:])
     assert torch.equal(weight, undisturbed)
+
+
+# --- whole rows at zero, and initial weights ----------------------------------------------------
+
+
+def test_a_row_by_hand_with_the_group_penalty():
+    """One row of width 4, one step from zero: z = g, n = g², and ||s|| = ||g|| = 5 · 2 = 10."""
+    weight = parameter(width=4)
+    optimizer = FTRLProximal([weight], lr=0.5, beta=1.0, group_l1=2.0)
+    g = [6.0, 8.0, 0.0, 0.0]
+    run(optimizer, weight, [([1], [g])])
+    # The factor is 1 - sqrt(4) · 2 / 10 = 0.6; the step sizes are 0.5 / (1 + |g|).
+    expected = [-0.6 * 6 / ((1 + 6) / 0.5), -0.6 * 8 / ((1 + 8) / 0.5), 0.0, 0.0]
+    assert weight[1].tolist() == pytest.approx(expected)
+
+
+def test_a_row_is_dropped_whole_when_its_norm_is_within_the_bound():
+    weight = parameter(width=4)
+    optimizer = FTRLProximal([weight], lr=0.5, group_l1=2.0)  # the bound is sqrt(4) · 2 = 4
+    run(optimizer, weight, [([0, 1], [[2.0, 2.0, 2.0, 1.9], [4.1, 0.0, 0.0, 0.0]])])
+    assert (weight[0] == 0).all()  # its norm is 3.95
+    assert weight[1, 0] != 0
+    # L1 alone drops single weights.
+    weight = parameter(width=4)
+    run(FTRLProximal([weight], lr=0.5, l1=1.95), weight, [([0], [[2.0, 2.0, 2.0, 1.9]])])
+    assert (weight[0] == 0).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.2])
+def test_initial_weights_are_where_ftrl_starts_from(l2):
+    """A step of gradient zero leaves them; without a z that gives them it would forget them."""
+    initial = torch.tensor([[0.5, -1.5, 2.0], [0.0, 0.0, 0.0]] * 3, dtype=torch.float64)
+    weight = nn.Parameter(initial.clone())
+    nothing = [([0, 1, 2, 3, 4], [[0.0] * 3] * 5)]
+    run(FTRLProximal([weight], lr=0.1, l2=l2), weight, nothing)
+    torch.testing.assert_close(weight.detach(), initial)
+
+
+def test_l1_pulls_at_initial_weights_from_the_first_step():
+    """z starts at -w beta / lr, 10 times the weight: 5, -15 and 20 of which L1 takes 6."""
+    weight = nn.Parameter(torch.tensor([[0.5, -1.5, 2.0]] * ROWS, dtype=torch.float64))
+    run(FTRLProximal([weight], lr=0.1, l1=6.0), weight, [([0], [[0.0] * 3])])
+    assert weight[0].tolist() == pytest.approx([0.0, -0.9, 1.4])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 40))
+def test_duplicates_are_summed_once_in_rising_order(seed, count):
+    random = np.random.default_rng(seed)
+    rows = random.integers(0, 9, count)
+    values = random.integers(-5, 6, (count, 2)).astype(np.float64)  # whole numbers: exact sums
+    found, sums = sum_duplicates(torch.from_numpy(rows), torch.from_numpy(values))
+    assert found.tolist() == sorted(set(rows.tolist()))
+    expected = [values[rows == row].sum(axis=0).tolist() for row in found.tolist()]
+    assert sums.tolist() == expected
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_each_look_up_gets_the_whole_sum_of_its_row():
+    rows = torch.tensor([3, 1, 3], device="cuda")
+    values = torch.tensor([[1.0], [2.0], [4.0]], device="cuda")
+    found, sums = sum_duplicates(rows, values)
+    assert found.tolist() == [1, 3, 3]
+    assert sums.tolist() == [[2.0], [5.0], [5.0]]
+
+
+@pytest.mark.parametrize("make", [FTRLProximal, SparseAdagrad])
+def test_a_row_that_comes_twice_with_its_whole_sum_is_updated_once(make):
+    """As sums come on a GPU, where the same row is written twice with the same values."""
+    weights = [parameter(value=0.5), parameter(value=0.5)]
+    gradient = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    for weight, times in zip(weights, (1, 3), strict=True):
+        optimizer = make([weight], lr=0.1)
+        optimizer.update(weight, torch.tensor([2] * times), gradient.repeat(times, 1))
+    assert torch.equal(weights[0], weights[1])

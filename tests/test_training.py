@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ from fathom.config import TrainingConfig
 from fathom.models import Inputs, Model, build, score
 from fathom.training import Trained, TrainingError, train
 
+ROOT = Path(__file__).parents[1]
 SIDE = 25
 #: Two fields and a number in the deep part; the pair of the fields and a bag in the wide part.
 LAYOUT = Layout(
@@ -375,3 +381,94 @@ def test_mapped_batches_train_and_score_alike_without_a_warning(tmp_path):
         scores = score(result.model, mapped[1])
     assert equal(result.model, trained(epochs=1).model)
     assert (scores == score(result.model, VALIDATION)).all()
+
+
+# --- the command line --------------------------------------------------------------------------
+
+#: Runs the engine where nothing but torch, numpy and what torch asks for can be imported.
+BARE = """
+import importlib.metadata, re, sys
+ours = {"fathom", "torch", "numpy", "torchgen", "functorch"}
+for requirement in importlib.metadata.requires("torch"):
+    ours.add(re.match(r"[\\w.-]+", requirement)[0].replace("-", "_").lower())
+ours |= {"mpmath", "markupsafe"}  # which those ask for
+refused = []
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in ours and top not in sys.stdlib_module_names:
+            refused.append(top)
+            raise ModuleNotFoundError(f"No module named {top!r} on a bare machine", name=top)
+sys.meta_path.insert(0, Bare())
+from fathom import training
+training.main()
+"""
+
+
+def written_job(folder: Path, **settings: Any) -> Path:
+    """What the training pipeline leaves for the command line."""
+    TRAIN.save(folder / "train")
+    VALIDATION.save(folder / "validation")
+    config = replace(CONFIG, epochs=2, **settings)
+    job = {"task": "binary", "layout": asdict(LAYOUT), "training": config.as_dict()}
+    (folder / "job.json").write_text(json.dumps(job))
+    return folder
+
+
+def on_a_bare_machine(*given: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BARE, *map(str, given)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_engine_needs_torch_and_numpy_alone(tmp_path):
+    shown = on_a_bare_machine("--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "torchrun --nproc-per-node 2 -m fathom.training INPUT CHECKPOINTS" in shown.stdout
+    done = on_a_bare_machine(written_job(tmp_path / "input"), tmp_path / "checkpoints")
+    assert done.returncode == 0, done.stderr
+    assert "best epoch 2: validation loss 0." in done.stderr
+
+
+def test_the_pipeline_goes_on_from_what_the_command_line_finished(tmp_path, monkeypatch, caplog):
+    folder = written_job(tmp_path / "input")
+    given = ["fathom.training", str(folder), str(tmp_path / "kept"), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", given)
+    training.main()
+    config = replace(CONFIG, epochs=2)
+    with caplog.at_level(logging.INFO, logger="fathom.training"):
+        taken_up = train(LAYOUT, TRAIN, VALIDATION, config, "binary", tmp_path / "kept")
+    assert "going on from" in caplog.text
+    assert "epoch 1/2" not in caplog.text
+    assert len(taken_up.history) == 2
+    anew = train(LAYOUT, TRAIN, VALIDATION, replace(config, threads=1), "binary")
+    assert equal(taken_up.model, anew.model)
+
+
+@pytest.mark.parametrize("content", ['{"task": "binary"}', "[]", "no JSON"])
+def test_a_job_that_cannot_be_read_is_named_with_the_remedy(tmp_path, monkeypatch, content):
+    (tmp_path / "job.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["fathom.training", str(tmp_path), str(tmp_path / "kept")])
+    with pytest.raises(SystemExit, match=r"job\.json cannot be read .*; run kedro run --pipelines"):
+        training.main()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_losses_and_rates_are_reported_as_they_become_known():
+    found: list[tuple[str, float, int]] = []
+    config = replace(CONFIG, epochs=2)
+    history = train(
+        LAYOUT, TRAIN, VALIDATION, config, "binary", report=lambda *what: found.append(what)
+    ).history
+    steps = -(-len(TRAIN) // config.batch_size)
+    for name in ("train_loss", "validation_loss"):
+        values = [(value, step) for what, value, step in found if what == name]
+        expected = [(getattr(e, name), e.epoch * steps) for e in history]
+        assert values == expected
+    assert {"examples_per_second"} <= {what for what, _, _ in found}

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from fathom.batch import Batch, IntArray, Layout, Ragged
 from fathom.features import stamp_name, stored_fields, stored_name
-from fathom.spec import EVENT_TIMESTAMP, Column, Cross, FeatureSpec
+from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, Column, Cross, FeatureSpec
 
 Values = NDArray[Any] | Ragged
 Frame = Mapping[str, Values]
@@ -443,7 +443,9 @@ class Encoder:
         return tuple(name for name, _, _ in self._wide_slots())
 
     def encode(self, frame: Frame) -> Batch:
-        """Model inputs for N rows; the label is set when the frame holds it.
+        """Model inputs for N rows; label and weight are set when the frame holds what gives them.
+
+        An example's weight is the inverse of its inclusion probability in a sampled log.
 
         Raises:
             FrameError: names all absent columns and all that are of the wrong shape or type.
@@ -470,6 +472,7 @@ class Encoder:
             wide_ids=_stack(wide_single, len(numeric)),
             wide_bags=tuple(wide_bags),
             label=None if label is None else self._label(_flat(label)),
+            weight=_inverse(frame.get(INCLUSION_PROBABILITY)),
         )
 
     def _label(self, values: NDArray[Any]) -> NDArray[np.float32]:
@@ -603,6 +606,21 @@ def fit_encoder(frame: Frame, spec: FeatureSpec) -> Encoder:
 
 def _scaled(spec: FeatureSpec) -> list[Column]:
     return [column for column in spec.columns if column.is_numeric and column.deep]
+
+
+def _inverse(probability: Values | None) -> NDArray[np.float32] | None:
+    """(N,) inverse probabilities; None if there are none, or every row was sure to be included."""
+    if probability is None:
+        return None
+    chance = np.asarray(_flat(probability), np.float64)
+    if odd := int((~((chance > 0) & (chance <= 1))).sum()):
+        raise FrameError(
+            [
+                f"{INCLUSION_PROBABILITY}: {odd} values are not in (0, 1]; a row that cannot be "
+                "included cannot be there"
+            ]
+        )
+    return None if (chance == 1).all() else (1 / chance).astype(np.float32)
 
 
 def _flat(values: Values) -> NDArray[Any]:

@@ -146,14 +146,8 @@ class FTRLProximal(SparseRows):
 
     def _initial(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         # Weights follow from z alone, so it starts from what gives the initial ones; without, the
-        # first step would forget them.
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-        step = group["beta"] / group["lr"] + group["l2"]
-        shrunk = weight * step
-        if group["group_l1"]:
-            bound = math.sqrt(weight.shape[1]) * group["group_l1"]
-            shrunk = shrunk * (1 + bound / (norm * step).clamp(min=1e-30))
-        z = -(shrunk + torch.sign(weight) * group["l1"])
+        # first step would forget them. L1 pulls at them from the first step on.
+        z = -weight * (group["beta"] / group["lr"] + group["l2"])
         return {"z": z, "n": torch.zeros_like(weight)}
 
     def _update(

@@ -106,12 +106,22 @@ def train(
     if faults:
         raise TrainingError("; ".join(faults))
     _keep_freed_memory()
+    job = Job(layout, training, validation, config, task)
     if folder is not None:
-        return Run(layout, training, validation, config, task, folder, report, start).finish()
+        return Run(job, folder, report, start).finish()
     with tempfile.TemporaryDirectory(prefix="fathom-") as passing:
-        return Run(
-            layout, training, validation, config, task, Path(passing), report, start
-        ).finish()
+        return Run(job, Path(passing), report, start).finish()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what."""
+
+    layout: Layout
+    training: Batch
+    validation: Batch
+    config: TrainingConfig
+    task: Task
 
 
 class Run:
@@ -119,27 +129,23 @@ class Run:
 
     def __init__(
         self,
-        layout: Layout,
-        training: Batch,
-        validation: Batch,
-        config: TrainingConfig,
-        task: Task,
+        job: Job,
         folder: Path,
-        report: Report | None,
-        start: WarmStart | None,
+        report: Report | None = None,
+        start: WarmStart | None = None,
     ) -> None:
-        self._config, self._task, self._folder = config, task, folder
+        config = job.config
+        self._job, self._config, self._folder = job, config, folder
         self._report = report or (lambda name, value, step: None)
         self._device = torch.device(_device(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
         self._group = Group.join(self._device)
-        self._validation = validation
-        self._rows = len(training)
-        positive_weight = config.positive_weight if task == "binary" else 1.0
-        self._validation_weight = weights(validation, config.use_weights, positive_weight)
+        self._rows = len(job.training)
+        positive_weight = config.positive_weight if job.task == "binary" else 1.0
+        self._validation_weight = weights(job.validation, config.use_weights, positive_weight)
         self._feed = Feed(
-            training,
+            job.training,
             config.batch_size,
             config.shuffle_rows,
             config.seed,
@@ -149,12 +155,12 @@ class Run:
             rank=self._group.rank,
             world=self._group.world,
         )
-        self.model = build(layout, config).to(self._device)
+        self.model = build(job.layout, config).to(self._device)
         self._optimizers = Optimizers(self.model, config, self._group)
         if start is not None:
             start.apply(self.model, self._optimizers)
-        self._ceiling = _EXPLODED * _initial_loss(training, config, task)
-        self._key = _key(layout, training, validation, config, task)
+        self._ceiling = _EXPLODED * _initial_loss(job)
+        self._key = _key(job)
         self._epoch, self._batch = 1, 0
         self._total = torch.zeros((), dtype=torch.float64, device=self._device)
         self._best_epoch, self._best_loss = 0, math.inf
@@ -215,7 +221,7 @@ class Run:
 
     def _loss(self, examples: Examples) -> Tensor:
         """The sum of the examples' weighted losses."""
-        each = losses(self.model(examples.inputs), examples.label, self._task)
+        each = losses(self.model(examples.inputs), examples.label, self._job.task)
         return each.sum() if examples.weight is None else (each * examples.weight).sum()
 
     def _validate(self) -> None:
@@ -223,8 +229,8 @@ class Run:
         sums = [self._total]
         self._group.sum_(sums)
         train_loss = float(sums[0]) / self._rows
-        logits = torch.from_numpy(score(self.model, self._validation))
-        each = losses(logits, _label(self._validation), self._task)
+        logits = torch.from_numpy(score(self.model, self._job.validation))
+        each = losses(logits, _label(self._job.validation), self._job.task)
         if self._validation_weight is not None:
             each = each * torch.from_numpy(self._validation_weight)
         loss = float(each.mean(dtype=torch.float64))
@@ -353,12 +359,12 @@ class Run:
         log.info("going on from %s: epoch %d, batch %d", found, self._epoch, self._batch + 1)
 
 
-def _initial_loss(batch: Batch, config: TrainingConfig, task: Task) -> float:
+def _initial_loss(job: Job) -> float:
     """The mean loss of an untrained model's predictions, which training should only lower."""
-    assert batch.label is not None
-    if task == "binary":
-        return math.log(2) * max(config.positive_weight, 1.0)  # of 1/2, where training starts
-    return float(np.mean(np.square(batch.label, dtype=np.float64))) + 1.0
+    if job.task == "binary":
+        return math.log(2) * max(job.config.positive_weight, 1.0)  # of 1/2, where training starts
+    assert job.training.label is not None
+    return float(np.mean(np.square(job.training.label, dtype=np.float64))) + 1.0
 
 
 def _label(batch: Batch) -> Tensor:
@@ -402,29 +408,17 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def _key(
-    layout: Layout,
-    training: Batch,
-    validation: Batch,
-    config: TrainingConfig,
-    task: Task,
-) -> str:
+def _key(job: Job) -> str:
     """What a training is told from others by: its settings and, by samples, its splits."""
-    settings = config.as_dict()
+    settings = job.config.as_dict()
     for name in ("checkpoint_seconds", "device", "threads"):  # where it runs, not what it is
         settings.pop(name)
-    digest = hashlib.sha256(json.dumps([settings, asdict(layout), task]).encode())
-    for split in (training, validation):
+    digest = hashlib.sha256(json.dumps([settings, asdict(job.layout), job.task]).encode())
+    for split in (job.training, job.validation):
         step = max(len(split) // 1000, 1)
-        sample = split.take(np.arange(0, len(split), step))
+        few = split.take(np.arange(0, len(split), step))
         digest.update(str(len(split)).encode())
-        for array in (
-            sample.numeric,
-            sample.deep_ids,
-            sample.wide_ids,
-            sample.label,
-            sample.weight,
-        ):
+        for array in (few.numeric, few.deep_ids, few.wide_ids, few.label, few.weight):
             digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fathom.config import SplitConfig, TrainingConfig
-from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
+from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
@@ -113,7 +113,8 @@ def train_candidate(
 def _frame(rows: Table, spec: FeatureSpec) -> Any:
     from fathom.feature_store import frame_of
 
-    columns = dict.fromkeys([spec.label.name, *(column.name for column in spec.columns)])
+    own = (spec.label.name, INCLUSION_PROBABILITY)
+    columns = dict.fromkeys([*own, *(column.name for column in spec.columns)])
     return frame_of(rows.select(*columns).to_pyarrow())
 
 
