@@ -266,7 +266,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_batch():
     with pytest.raises(
         TrainingError,
         match=r"the loss is not finite: (nan|inf) in batch 2 of epoch 1, whose examples are rows "
-        r"[\d,]+, .* and 251 more of the training split and whose largest numeric input is 0\.99.*; "
+        r"[\d,]+, .* and 251 more of the training split and whose largest numeric input is 0\.99"
+        r".*; "
         r"lower the learning rates, set training\.clip_norm, or look for extreme inputs",
     ):
         trained(deep_learning_rate=1e38)
@@ -430,7 +431,9 @@ def on_a_bare_machine(*given: object) -> subprocess.CompletedProcess[str]:
 def test_the_engine_needs_torch_and_numpy_alone(tmp_path):
     shown = on_a_bare_machine("--help")
     assert shown.returncode == 0, shown.stderr
-    assert "torchrun --nproc-per-node 2 -m fathom.training INPUT CHECKPOINTS" in shown.stdout
+    shown_on_one_line = " ".join(shown.stdout.split())
+    command = "torchrun --nproc-per-node 2 -m fathom.training INPUT CHECKPOINTS"
+    assert command in shown_on_one_line
     done = on_a_bare_machine(written_job(tmp_path / "input"), tmp_path / "checkpoints")
     assert done.returncode == 0, done.stderr
     assert "best epoch 2: validation loss 0." in done.stderr
