@@ -397,7 +397,7 @@ refused = []
 class Bare:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in ours and top not in sys.stdlib_module_names:
+        if top not in ours and top not in sys.stdlib_module_names and top[0] != "_":
             refused.append(top)
             raise ModuleNotFoundError(f"No module named {top!r} on a bare machine", name=top)
 sys.meta_path.insert(0, Bare())
