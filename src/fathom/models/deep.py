@@ -177,7 +177,9 @@ class _ReluLinear(torch.autograd.Function):
                 )
             into = into[:, : ctx.inputs].to(ctx.x_dtype)
         weight = (gradient.t() @ used)[:, : ctx.inputs].float()
-        return into, weight, gradient.sum(0, dtype=torch.float32), None
+        # A product adds up in float32 whatever its type, and does not make a float32 copy first.
+        bias = (gradient.new_ones(1, len(gradient)) @ gradient).squeeze(0).float()
+        return into, weight, bias, None
 
 
 def _padded(values: Tensor, dtype: torch.dtype) -> Tensor:
