@@ -446,6 +446,7 @@ def test_the_pipeline_goes_on_from_what_the_command_line_finished(tmp_path, monk
     given = ["fathom.training", str(folder), str(tmp_path / "kept"), "--threads", "1"]
     monkeypatch.setattr(sys, "argv", given)
     training.main()
+    caplog.clear()
     config = replace(CONFIG, epochs=2)
     with caplog.at_level(logging.INFO, logger="fathom.training"):
         taken_up = train(LAYOUT, TRAIN, VALIDATION, config, "binary", tmp_path / "kept")
