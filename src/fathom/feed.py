@@ -91,6 +91,8 @@ class Feed:
             order = self._draw(number).permutation(len(self._split))
             yield from self._batches(self._whole, order, order, start)
             return
+        if start >= len(self):
+            return
         windows = list(self._windows(number))
         first = start // self._window
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as reader:

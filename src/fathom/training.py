@@ -175,9 +175,10 @@ class Run:
             self._validate()
         if self._stale:
             log.info("stopped: no better validation loss since epoch %d", self._best_epoch)
+        self._tidy()
         self._group.wait()
-        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        checkpoint.load(self._best, weights, "model.")
+        model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        checkpoint.load(self._best, model, "model.")
         self.model.to("cpu").eval()
         return Trained(self.model, self._best_epoch, self._history)
 
@@ -260,11 +261,14 @@ class Run:
         self._epoch, self._batch = self._epoch + 1, 0
         self._total.zero_()
         self._save()
+        self._tidy()
+        self._group.wait()
+
+    def _tidy(self) -> None:
+        """Remove what earlier epochs had learnt, now that no checkpoint names it any more."""
         if self._group.leads:
-            # A checkpoint of before named the weights of before, which go now that it has gone.
             for older in set(self._folder.glob("best-*")) - {self._best}:
                 remove(older)
-        self._group.wait()
 
     def _keep_best(self) -> None:
         try:
