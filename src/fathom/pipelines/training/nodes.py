@@ -11,6 +11,7 @@ import numpy as np
 
 from fathom.config import SplitConfig, TrainingConfig
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
+from fathom.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
@@ -74,6 +75,7 @@ def train_candidate(
     training: TrainingConfig,
     split: SplitConfig,
     checkpoints: str,
+    tracking: TrackingConfig,
 ) -> tuple[Ranker, str, list[dict[str, Any]]]:
     """Train a model jointly, from the last checkpoint of the same training if there is one.
 
@@ -83,16 +85,19 @@ def train_candidate(
     import fathom
     from fathom.hardware import hardware
     from fathom.ranker import Ranker
+    from fathom.tracking import reporting
     from fathom.training import train
 
-    trained = train(
-        encoder.layout,
-        train_batch,
-        validation_batch,
-        training,
-        encoder.spec.task,
-        Path(checkpoints),
-    )
+    with reporting(tracking, training) as report:
+        trained = train(
+            encoder.layout,
+            train_batch,
+            validation_batch,
+            training,
+            encoder.spec.task,
+            Path(checkpoints),
+            report,
+        )
     provenance = {
         "seed": training.seed,
         "data_hash": _data_hash(train_batch, validation_batch),

@@ -61,6 +61,7 @@ def create_pipeline() -> Pipeline:
                     "params:training",
                     "params:split",
                     "params:checkpoints",
+                    "params:tracking",
                 ],
                 outputs=["candidate", "candidate_version", "training_curves"],
                 tags="training",
