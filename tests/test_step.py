@@ -11,7 +11,7 @@ import torch
 
 from fathom.batch import Batch, Layout
 from fathom.config import TrainingConfig
-from fathom.models import Inputs, build, score
+from fathom.models import Inputs, build, deep, score
 from fathom.models.deep import ReluLinear
 from fathom.step import Optimizers, learning_rate, losses
 from fathom.training import TrainingError, train
@@ -181,8 +181,13 @@ def test_a_loss_that_explodes_stops_training_and_names_the_batch():
 @pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 4), (29, 16), (64, 32)])
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_the_fused_layer_is_a_relu_of_a_linear_layer(rows, inputs, outputs, bfloat16):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_the_fused_layer_is_a_relu_of_a_linear_layer(
+    rows, inputs, outputs, bfloat16, fused, monkeypatch
+):
     """In float32 to rounding; in bfloat16, which has 8 bits, to the sums of 2^-8 of each part."""
+    if not fused:  # as on a processor without it
+        monkeypatch.setattr(deep, "_fuses", lambda dtype: False)
     torch.manual_seed(rows)
     layer = ReluLinear(inputs, outputs, bfloat16)
     x = torch.randn(rows, inputs, requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -137,13 +138,22 @@ class ReluLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs) in, (B, outputs) out; bfloat16 if that is what it computes in."""
         dtype = torch.bfloat16 if self._bfloat16 and self.training else self.weight.dtype
-        if x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and len(x):
+        if x.device.type == "cpu" and len(x) and _fuses(dtype):
             activated: Tensor = _ReluLinear.apply(  # type: ignore[no-untyped-call]
                 x, self.weight, self.bias, dtype
             )
             return activated
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return functional.relu(functional.linear(x.to(dtype), weight, bias))
+
+
+@cache
+def _fuses(dtype: torch.dtype) -> bool:
+    """Whether this build and processor have oneDNN's fused product in a type."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    half = dtype == torch.bfloat16
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if half else dtype == torch.float32
 
 
 class _ReluLinear(torch.autograd.Function):
