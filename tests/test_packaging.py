@@ -253,6 +253,7 @@ def test_bentoml_build_by_hand_works_and_pins_a_version_too(
 def test_a_built_bento_returns_the_probabilities_of_training_and_leaves_nothing(
     bento: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = psutil.Process().children(recursive=True)
     # What surrounds the process must not reach it.
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -265,7 +266,7 @@ def test_a_built_bento_returns_the_probabilities_of_training_and_leaves_nothing(
     assert 0 < found.seconds < packaging.START_SECONDS
     assert (metrics / "of_another_server.db").exists()
     shutil.rmtree(metrics)
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
     assert verify(stored(bento, "bentos"))
 
 

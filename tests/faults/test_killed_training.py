@@ -7,7 +7,8 @@ import random
 import re
 import signal
 import time
-from multiprocessing import get_context
+from collections.abc import Iterator
+from multiprocessing import forkserver, get_context, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.e2e
 KILLS = 50
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["slowed_training"])
+SERVER.set_forkserver_preload(["fathom.training"])
 
 
 def examples(rows: int, seed: int) -> Batch:
@@ -37,6 +38,14 @@ def examples(rows: int, seed: int) -> Batch:
         wide_bags=(),
         label=(draw.random(rows) < chance).astype(np.float32),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stop_the_server() -> Iterator[None]:
+    """The fork server and what tracks its resources end with these tests, not with the session."""
+    yield
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
 
 
 @pytest.fixture
