@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+#: Settings of a training that say where and how it runs, not what it is.
+OF_THE_MACHINE = ("device", "threads", "checkpoint_seconds")
+
 
 class ConfigError(ValueError):
     """A setting is out of bounds; the message lists every fault at once."""

@@ -95,6 +95,14 @@ class Optimizers:
             for table, indices, sums in touched:
                 optimizer.update(table, indices, sums)
 
+    def wide_zero_share(self) -> float | None:
+        """The share of wide weights that are exactly zero; None without a wide part."""
+        if self.wide is None:
+            return None
+        count = sum(weight.numel() for weight in self.wide.tables)
+        zeros = sum(int((weight == 0).sum()) for weight in self.wide.tables)
+        return zeros / count if count else 1.0
+
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on beside the weights, by name."""
         found = {}

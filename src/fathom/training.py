@@ -29,11 +29,10 @@ from torch import Tensor
 from fathom import checkpoint
 from fathom.batch import Batch, BatchError, Layout
 from fathom.checkpoint import CheckpointError
-from fathom.config import ConfigError, TrainingConfig
+from fathom.config import OF_THE_MACHINE, ConfigError, TrainingConfig
 from fathom.feed import Examples, Feed, weights
 from fathom.files import remove, replacing
 from fathom.models import Model, build, score
-from fathom.models.wide import Wide
 from fathom.parallel import Group
 from fathom.step import Optimizers, Task, learning_rate, losses
 from fathom.warm import WarmStart
@@ -231,7 +230,8 @@ class Run:
         self._group.sum_(sums)
         train_loss = float(sums[0]) / self._rows
         logits = torch.from_numpy(score(self.model, self._job.validation))
-        each = losses(logits, _label(self._job.validation), self._job.task)
+        label = torch.as_tensor(self._job.validation.label)
+        each = losses(logits, label, self._job.task)
         if self._validation_weight is not None:
             each = each * torch.from_numpy(self._validation_weight)
         loss = float(each.mean(dtype=torch.float64))
@@ -240,7 +240,7 @@ class Run:
                 f"the loss after epoch {self._epoch} is {train_loss} in training and {loss} in "
                 "validation; lower the learning rates or look for extreme inputs"
             )
-        zero = _zero_share(self.model)
+        zero = self._optimizers.wide_zero_share()
         self._history.append(Epoch(self._epoch, train_loss, loss, self._rate, self._seconds, zero))
         log.info(
             "epoch %d/%d: training loss %.4f, validation loss %.4f, %s examples/s",
@@ -371,20 +371,6 @@ def _initial_loss(job: Job) -> float:
     return float(np.mean(np.square(job.training.label, dtype=np.float64))) + 1.0
 
 
-def _label(batch: Batch) -> Tensor:
-    assert batch.label is not None
-    return torch.from_numpy(np.array(batch.label))  # a copy: the array may be a read-only map
-
-
-def _zero_share(model: Model) -> float | None:
-    """The share of wide weights that are exactly zero; None without a wide part."""
-    weights = [part.weight for part in model.modules() if isinstance(part, Wide)]
-    if not weights:
-        return None
-    count = sum(weight.numel() for weight in weights)
-    return sum(int((weight == 0).sum()) for weight in weights) / count if count else 1.0
-
-
 def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
@@ -415,8 +401,8 @@ def _keep_freed_memory() -> None:
 def _key(job: Job) -> str:
     """What a training is told from others by: its settings and, by samples, its splits."""
     settings = job.config.as_dict()
-    for name in ("checkpoint_seconds", "device", "threads"):  # where it runs, not what it is
-        settings.pop(name)
+    for name in OF_THE_MACHINE:
+        del settings[name]
     digest = hashlib.sha256(json.dumps([settings, asdict(job.layout), job.task]).encode())
     for split in (job.training, job.validation):
         step = max(len(split) // 1000, 1)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fathom.config import ConfigError, TrainingConfig
+from fathom.config import OF_THE_MACHINE, ConfigError, TrainingConfig
 from fathom.files import locked
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ _REFUSED = {
     "seed": "what a seed wins by is luck",
     "positive_weight": "it changes what the loss measures, so trials could not be compared",
     "use_weights": "it changes what the loss measures, so trials could not be compared",
-    **dict.fromkeys(
-        ("device", "threads", "checkpoint_seconds"), "it says where training runs, not what it is"
-    ),
+    **dict.fromkeys(OF_THE_MACHINE, "it says where training runs, not what it is"),
 }
 
 log = logging.getLogger(__name__)
@@ -345,7 +343,7 @@ def _name(
     import fathom
 
     fixed = base.as_dict()
-    for name in {*config.space, "device", "threads", "checkpoint_seconds"}:
+    for name in {*config.space, *OF_THE_MACHINE}:
         del fixed[name]
     space = {name: range_.model_dump() for name, range_ in config.space.items()}
     known = [fathom.__version__, space, config.seed, fixed, dataclasses.asdict(layout), task]
