@@ -58,6 +58,7 @@ BOUNDS: dict[str, tuple[str, list[Any], list[Any]]] = {
         ["float32", "bfloat16"],
     ),
     "use_weights": ("True or False", [1, 0, None, "yes"], [True, False]),
+    "shard_tables": ("True or False", [1, 0, None, "yes"], [True, False]),
     "final_rate": ("in (0, 1]", [*NOT_ABOVE_ZERO, 1.01], [1e-9, 1, 1.0]),
     "dropout": ("in [0, 1)", [*NEGATIVE, 1, 1.0], [0, 0.0, 0.999]),
     "hidden": (

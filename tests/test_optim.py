@@ -118,6 +118,17 @@ def test_scale_turns_a_mean_into_the_sum_that_the_penalties_are_about():
     )
 
 
+def test_a_batchs_size_does_not_change_what_adagrad_makes_of_a_row_seen_once():
+    # G starts from 0.01 and a gradient of 0.3 is one example's, whatever it was averaged over:
+    # 0.1 * 0.3 / sqrt(0.01 + 0.09).
+    for size in (1.0, 4096.0):
+        weight = parameter(width=1)
+        optimizer = SparseAdagrad([weight], 0.1, initial=0.01)
+        optimizer.scale = size
+        found = run(optimizer, weight, [([0], [[0.3 / size]])])
+        assert found[0] == pytest.approx([-0.1 * 0.3 / 0.1**0.5], rel=1e-6)
+
+
 def test_l1_gives_exact_zeros_and_takes_weights_back():
     weight = parameter(width=1)
     optimizer = FTRLProximal([weight], 0.1, l1=1.0)

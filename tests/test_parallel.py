@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -62,24 +64,30 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(job: Path, checkpoints: Path, processes: int) -> str:
-    """Train by the command that the README shows; returns what was said."""
+def started(job: Path, checkpoints: Path, processes: int, *options: str) -> subprocess.Popen[str]:
+    """A training by the command that the README shows."""
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(by if processes > 1 else []), "-m", "fathom.training", job, checkpoints],
+    command = [*(by if processes > 1 else []), "-m", "fathom.training", job, checkpoints, *options]
+    return subprocess.Popen(
+        [sys.executable, *command],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=180,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+
+
+def run(job: Path, checkpoints: Path, processes: int, *options: str) -> str:
+    """A training from start to end; returns what was said."""
+    process = started(job, checkpoints, processes, *options)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said[-4000:]
+    return said
 
 
 def arrays(checkpoints: Path) -> dict[str, np.ndarray]:
     path = checkpoint.latest(checkpoints)
-    return {file.stem: np.load(file) for file in path.glob("*.npy") if file.stem != "random"}
+    return {file.stem: np.load(file) for file in path.glob("*.npy")}
 
 
 @pytest.mark.slow
@@ -91,8 +99,7 @@ def test_two_processes_train_what_one_trains(job: Path, tmp_path: Path):
     one, two = arrays(tmp_path / "one"), arrays(tmp_path / "two")
     assert set(one) == set(two)
     for name, value in one.items():
-        if name != "total":  # each process has its own share
-            np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     histories = [
         checkpoint.state_of(checkpoint.latest(tmp_path / name))["history"]
         for name in ("one", "two")
@@ -104,6 +111,76 @@ def test_two_processes_train_what_one_trains(job: Path, tmp_path: Path):
 
     # What two have finished, one goes on from: there is nothing left to do.
     assert "going on from" in run(job, tmp_path / "two", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_tables_spread_over_two_processes_end_as_whole_ones(job: Path, tmp_path: Path):
+    """Each process holds every other row; checkpoints are of whole tables all the same."""
+    run(job, tmp_path / "whole", 1)
+    run(job, tmp_path / "spread", 2, "--shard-tables")
+    for folder in (checkpoint.latest, lambda path: next(path.glob("best-*"))):
+        whole, spread = (
+            {file.stem: np.load(file) for file in folder(tmp_path / name).glob("*.npy")}
+            for name in ("whole", "spread")
+        )
+        assert set(whole) == set(spread)
+        for name, value in whole.items():
+            np.testing.assert_allclose(spread[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    histories = [
+        checkpoint.state_of(checkpoint.latest(tmp_path / name))["history"]
+        for name in ("whole", "spread")
+    ]
+    for alone, together in zip(*histories, strict=True):
+        for figure in ("train_loss", "validation_loss", "wide_zero_share"):
+            assert together[figure] == pytest.approx(alone[figure], abs=1e-6)
+    # One process, whose tables are whole, goes on from them, and so do three, of other parts.
+    assert "going on from" in run(job, tmp_path / "spread", 1)
+    assert "going on from" in run(job, tmp_path / "spread", 3, "--shard-tables")
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.parametrize("options", [(), ("--shard-tables",)], ids=["whole", "spread"])
+def test_killed_within_an_epoch_two_processes_end_as_if_they_were_not(
+    job: Path, tmp_path: Path, options: tuple[str, ...]
+):
+    """Bit for bit, with dropout: what it drops follows from the seed and the place in the run."""
+    described = json.loads((job / "job.json").read_text())
+    described["training"] |= {
+        "batch_size": 8,
+        "epochs": 3,
+        "patience": 3,
+        "dropout": 0.2,
+        "checkpoint_seconds": 0.02,
+    }
+    other = tmp_path / "input"
+    other.mkdir()
+    for name in ("train", "validation"):
+        (other / name).symlink_to(job / name)
+    (other / "job.json").write_text(json.dumps(described))
+
+    run(other, tmp_path / "undisturbed", 2, *options)
+    process = started(other, tmp_path / "killed", 2, *options)
+    give_up = time.monotonic() + 120
+    while not within_an_epoch(tmp_path / "killed"):
+        assert process.poll() is None, "it ended before there was a checkpoint within an epoch"
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "going on from" in run(other, tmp_path / "killed", 2, *options)
+
+    undisturbed, resumed = (arrays(tmp_path / name) for name in ("undisturbed", "killed"))
+    assert set(undisturbed) == set(resumed)
+    for name, value in undisturbed.items():
+        assert np.array_equal(resumed[name], value), name
+
+
+def within_an_epoch(checkpoints: Path) -> bool:
+    """Whether the newest checkpoint is of a batch that does not end an epoch of 65."""
+    path = checkpoint.latest(checkpoints)
+    return path is not None and int(path.name.removeprefix("step-")) % 65 != 0
 
 
 def test_one_process_alone_exchanges_nothing():

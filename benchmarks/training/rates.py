@@ -19,7 +19,7 @@ from fathom.batch import Batch, Layout
 from fathom.config import TrainingConfig
 from fathom.training import train
 
-WIDE, EMBEDDING = (0.05, 0.1, 0.2, 0.4), (0.02, 0.05, 0.1)
+WIDE, EMBEDDING = (0.05, 0.1, 0.2, 0.4), (0.01, 0.03, 0.1)
 BASE = TrainingConfig(
     hidden=(400, 400, 400),
     wide_l1=0.0,

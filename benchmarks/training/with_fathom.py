@@ -114,7 +114,7 @@ def criteo_like(task: Task) -> Splits:
         wide_learning_rate=0.2,
         wide_l1=0.0,
         embedding_optimizer="rowwise_adagrad",
-        embedding_learning_rate=0.05,
+        embedding_learning_rate=0.03,
         deep_learning_rate=0.01,
         schedule="constant",
         batch_size=task.batch_size,

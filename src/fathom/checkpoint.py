@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fathom import files
+from fathom.parallel import Shard
 
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{12})")
@@ -27,7 +28,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message says what is left and what to do."""
 
 
-def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+def write(
+    folder: Path, step: int, tensors: Mapping[str, Tensor | Shard], state: Mapping[str, Any]
+) -> Path:
     """Write a checkpoint, then remove those before it.
 
     Args:
@@ -60,13 +63,34 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def save(folder: Path, tensors: Mapping[str, Tensor | Shard], state: Mapping[str, Any]) -> None:
     """Write tensors and a state into a folder, which must not be read before this returns."""
     folder.mkdir(parents=True)
     for name, tensor in tensors.items():
-        np.save(folder / f"{name}.npy", tensor.detach().cpu().numpy(), allow_pickle=False)
+        path = folder / f"{name}.npy"
+        if isinstance(tensor, Shard):
+            _gather(path, tensor)
+        else:
+            np.save(path, tensor.detach().cpu().numpy(), allow_pickle=False)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     files.write_json(folder / STATE, {"tensors": shapes, "state": state})
+
+
+def contribute(tensors: Mapping[str, Tensor | Shard]) -> None:
+    """Give another process, which saves the same tensors now, this one's parts of them."""
+    for tensor in tensors.values():
+        if isinstance(tensor, Shard):
+            for _ in tensor.blocks():
+                pass
+
+
+def _gather(path: Path, shard: Shard) -> None:
+    """Write the whole of which a shard is a part; no process has to hold it."""
+    dtype = torch.empty(0, dtype=shard.held.dtype).numpy().dtype
+    whole = np.lib.format.open_memmap(path, "w+", dtype, tuple(shard.shape))
+    for rows, block in shard.blocks():
+        whole[rows] = block.numpy()
+    whole.flush()
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -78,7 +102,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     return dict(_description(folder)["state"])
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+def load(folder: Path, tensors: Mapping[str, Tensor | Shard], prefix: str = "") -> None:
     """Copy a checkpoint's tensors into the given ones.
 
     Args:
@@ -106,7 +130,11 @@ def load(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         raise CheckpointError(f"{folder}: {'; '.join(faults)}; remove it to start anew")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(torch.from_numpy(read[name]))
+            whole = torch.from_numpy(read[name])
+            if isinstance(tensor, Shard):
+                tensor.fill(whole)
+            else:
+                tensor.copy_(whole)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 #: Settings of a training that say where and how it runs, not what it is.
-OF_THE_MACHINE = ("device", "threads", "checkpoint_seconds")
+OF_THE_MACHINE = ("device", "threads", "checkpoint_seconds", "shard_tables")
 
 
 class ConfigError(ValueError):
@@ -50,6 +50,8 @@ class TrainingConfig:
             part and scoring are float32 always.
         checkpoint_seconds: time between two checkpoints within an epoch; 0 for none but the one at
             the end of each.
+        shard_tables: whether processes that train together each hold a part of every table's rows,
+            rather than all; for tables that are too large for one device.
         seed: of the initial weights, the order of examples and dropout.
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA where it is.
         threads: CPU threads; 0 leaves torch's own choice.
@@ -79,6 +81,7 @@ class TrainingConfig:
     shuffle_rows: int = 4_194_304
     precision: str = "float32"
     checkpoint_seconds: float = 300.0
+    shard_tables: bool = False
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -120,6 +123,7 @@ class TrainingConfig:
             "precision": ("float32", "bfloat16"),
             "device": ("auto", "cpu", "cuda"),
             "use_weights": (True, False),
+            "shard_tables": (True, False),
         }
 
         def value(name: str) -> Any:

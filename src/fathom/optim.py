@@ -43,7 +43,15 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SparseRows(Optimizer):
-    """The step over touched rows; subclasses say what a step does to them."""
+    """The step over touched rows; subclasses say what a step does to them.
+
+    The gradients of a mean over B examples are multiplied by `scale` = B first, which makes them
+    the sum over examples that the papers' penalties, and what a sum of squares starts from, are
+    about: a batch has few examples of most rows.
+    """
+
+    #: What gradients are multiplied by.
+    scale = 1.0
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -84,7 +92,7 @@ class SparseRows(Optimizer):
         """Update rows of a table, as `sum_duplicates` gives them with their gradients."""
         (group,) = (g for g in self.param_groups if any(p is weight for p in g["params"]))
         if len(rows):
-            self._update(weight, rows, gradient, self._state_of(weight, group), group)
+            self._update(weight, rows, gradient * self.scale, self._state_of(weight, group), group)
 
     def _state_of(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[weight]
@@ -128,8 +136,6 @@ class FTRLProximal(SparseRows):
         lr: alpha. beta: the other half of the step size.
         l1, l2, group_l1: penalties, in units of one example's gradient.
 
-    The gradients of a mean over B examples are multiplied by `scale` = B first, which makes them
-    the sum over examples that the paper's penalties are about.
     """
 
     def __init__(
@@ -142,7 +148,6 @@ class FTRLProximal(SparseRows):
         group_l1: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "l1": l1, "l2": l2, "group_l1": group_l1})
-        self.scale = 1.0
 
     def _initial(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         # Weights follow from z alone, so it starts from what gives the initial ones; without, the
@@ -158,7 +163,6 @@ class FTRLProximal(SparseRows):
         state: dict[str, Tensor],
         group: dict[str, Any],
     ) -> None:
-        gradient = gradient * self.scale
         old = state["n"].index_select(0, rows)
         new = torch.addcmul(old, gradient, gradient)
         root = new.sqrt()

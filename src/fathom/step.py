@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,10 +12,10 @@ from torch.nn import functional
 
 from fathom.config import TrainingConfig
 from fathom.models import Model
-from fathom.models.deep import Embeddings
+from fathom.models.tables import Tables
 from fathom.models.wide import Wide
 from fathom.optim import FTRLProximal, SparseAdagrad, SparseRows, sum_duplicates
-from fathom.parallel import Group
+from fathom.parallel import Group, Shard
 
 Task = Literal["binary", "regression"]
 
@@ -33,15 +34,16 @@ class Optimizers:
     def __init__(self, model: Model, config: TrainingConfig, group: Group | None = None) -> None:
         self._group = group or Group()
         self._clip = config.clip_norm
-        wide = [part.weight for part in model.modules() if isinstance(part, Wide)]
-        tables: list[Tensor] = [
-            table
+        holding: dict[Tensor, Tables] = {
+            table: part
             for part in model.modules()
-            if isinstance(part, Embeddings)
+            if isinstance(part, Tables)
             for table in part.stored
-        ]
-        sparse = {id(table) for table in (*wide, *tables)}
-        dense = [weight for weight in model.parameters() if id(weight) not in sparse]
+        }
+        self._holding = holding
+        wide = [table for table, part in holding.items() if isinstance(part, Wide)]
+        tables = [table for table, part in holding.items() if not isinstance(part, Wide)]
+        dense = [weight for weight in model.parameters() if weight not in holding]
         self.wide: FTRLProximal | None = None
         if wide:
             self.wide = FTRLProximal(
@@ -87,11 +89,10 @@ class Optimizers:
         }
         if self._clip:
             embedded = rows.get(self.embeddings, []) if self.embeddings else []
-            _clip([*dense, *(sums for *_, sums in embedded)], self._clip)
+            self._clip_norm(dense, {table: sums for table, _, sums in embedded})
         self.dense.step()
         for optimizer, touched in rows.items():
-            if isinstance(optimizer, FTRLProximal):
-                optimizer.scale = float(examples)
+            optimizer.scale = float(examples)
             for table, indices, sums in touched:
                 optimizer.update(table, indices, sums)
 
@@ -99,20 +100,40 @@ class Optimizers:
         """The share of wide weights that are exactly zero; None without a wide part."""
         if self.wide is None:
             return None
-        count = sum(weight.numel() for weight in self.wide.tables)
-        zeros = sum(int((weight == 0).sum()) for weight in self.wide.tables)
+        count = zeros = 0
+        for weight in self.wide.tables:
+            found = torch.tensor([weight.numel(), int((weight == 0).sum())], device=weight.device)
+            if self._holding[weight].holders is not None:
+                self._group.sum_([found])
+            count, zeros = count + int(found[0]), zeros + int(found[1])
         return zeros / count if count else 1.0
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Shard]:
         """All that the next step depends on beside the weights, by name."""
-        found = {}
+        found: dict[str, Tensor | Shard] = {}
         for part, optimizer in self._parts().items():
             weights = [w for group in optimizer.param_groups for w in group["params"]]
             for number, weight in enumerate(weights):
                 for name, value in optimizer.state[weight].items():
                     if torch.is_tensor(value):
-                        found[f"{part}.{number}.{name}"] = value
+                        holder = self._holding.get(weight)
+                        found[f"{part}.{number}.{name}"] = (
+                            value if holder is None else holder.shard(weight, value)
+                        )
         return found
+
+    def _clip_norm(self, dense: Sequence[Tensor], rows: Mapping[Tensor, Tensor]) -> None:
+        """Scale gradients in place so that the norm of all together is within the bound."""
+        spread = [sums for t, sums in rows.items() if self._holding[t].holders is not None]
+        here = [sums for t, sums in rows.items() if self._holding[t].holders is None]
+        squares = torch.nn.utils.get_total_norm([*dense, *here]).square()
+        if spread:
+            elsewhere = torch.nn.utils.get_total_norm(spread).square()
+            self._group.sum_([elsewhere])
+            squares += elsewhere
+        factor = (self._clip / squares.sqrt().clamp(min=1e-12)).clamp(max=1.0)
+        for gradient in (*dense, *here, *spread):
+            gradient.mul_(factor)
 
     def _parts(self) -> dict[str, torch.optim.Optimizer]:
         parts = {"dense": self.dense, "wide": self.wide, "embeddings": self.embeddings}
@@ -120,6 +141,9 @@ class Optimizers:
 
     def _gradient(self, table: Tensor) -> tuple[Tensor, Tensor]:
         gradient = table.grad
+        if self._holding[table].holders is not None:  # every process sent what it has of these
+            assert gradient is not None
+            return gradient._indices()[0], gradient._values()
         if gradient is None:  # no example of the batch looked a row up
             none = torch.zeros(0, dtype=torch.int64, device=table.device)
             return self._group.gather(none, table.new_zeros((0, table.shape[1])))
@@ -138,14 +162,6 @@ def _embedding_optimizer(tables: list[Tensor], config: TrainingConfig) -> Sparse
         )
     rowwise = config.embedding_optimizer == "rowwise_adagrad"
     return SparseAdagrad(tables, config.embedding_learning_rate, rowwise=rowwise)
-
-
-def _clip(gradients: list[Tensor], bound: float) -> None:
-    """Scale gradients in place so that the norm of all together is within the bound."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    factor = (bound / norm.clamp(min=1e-12)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor)
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:

@@ -33,7 +33,8 @@ from fathom.config import OF_THE_MACHINE, ConfigError, TrainingConfig
 from fathom.feed import Examples, Feed, weights
 from fathom.files import remove, replacing
 from fathom.models import Model, build, score
-from fathom.parallel import Group
+from fathom.models.tables import Tables, named_weights
+from fathom.parallel import Group, Shard
 from fathom.step import Optimizers, Task, learning_rate, losses
 from fathom.warm import WarmStart
 
@@ -154,7 +155,16 @@ class Run:
             rank=self._group.rank,
             world=self._group.world,
         )
-        self.model = build(job.layout, config).to(self._device)
+        if config.shard_tables and self._group.world > 1:
+            if start is not None:
+                raise TrainingError(
+                    "training.shard_tables is true, and a warm start needs whole tables; start "
+                    "warm in one process, or set it to false"
+                )
+            # One after the other, for each builds whole tables first.
+            self.model = self._group.in_turn(self._spread)
+        else:
+            self.model = build(job.layout, config).to(self._device)
         self._optimizers = Optimizers(self.model, config, self._group)
         if start is not None:
             start.apply(self.model, self._optimizers)
@@ -176,10 +186,17 @@ class Run:
             log.info("stopped: no better validation loss since epoch %d", self._best_epoch)
         self._tidy()
         self._group.wait()
-        model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        checkpoint.load(self._best, model, "model.")
+        checkpoint.load(self._best, self._weights(), "model.")
         self.model.to("cpu").eval()
         return Trained(self.model, self._best_epoch, self._history)
+
+    def _spread(self) -> Model:
+        """A model with this process's part of each table."""
+        model = build(self._job.layout, self._config)
+        for part in model.modules():
+            if isinstance(part, Tables):
+                part.spread(self._group)
+        return model.to(self._device)
 
     @property
     def _stale(self) -> bool:
@@ -194,30 +211,35 @@ class Run:
         """The rest of an epoch."""
         config, batches = self._config, len(self._feed)
         self.model.train()
-        if self._batch == 0:
-            draw = np.random.SeedSequence([config.seed, self._epoch, self._group.rank])
-            torch.manual_seed(int(draw.generate_state(1)[0]))  # of dropout
         started = reported = saved = time.perf_counter()
         first = self._batch
         for examples in self._feed.epoch(self._epoch, first):
             step = (self._epoch - 1) * batches + self._batch
             size = min(config.batch_size, self._rows - self._batch * config.batch_size)
-            loss = self._loss(examples) / size
-            self._watch(loss * size / max(len(examples), 1), examples)
-            self._optimizers.step(loss, size, learning_rate(config, step, batches * config.epochs))
-            self._total += loss.detach() * size
+            if config.dropout:
+                self._draw()
+            loss = self._loss(examples)
+            self._watch(loss / max(len(examples), 1), examples)
+            rate = learning_rate(config, step, batches * config.epochs)
+            self._optimizers.step(loss / size, size, rate)
+            self._total += loss.detach()
             self._batch += 1
             now = time.perf_counter()
             if now - reported > _PROGRESS_SECONDS:
                 reported = now
                 self._say(first, now - started)
             between = config.checkpoint_seconds
-            if between and now - saved > between and self._group.world == 1:
+            if between and self._group.decided(now - saved > between, self._batch, self._device):
                 self._save()
                 saved = time.perf_counter()
         done = (batches - first) * config.batch_size
         self._seconds = time.perf_counter() - started
         self._rate = min(done, self._rows) / max(self._seconds, 1e-9)
+
+    def _draw(self) -> None:
+        """Let dropout follow from the seed and the place in the run, as the order does."""
+        place = (self._config.seed, self._epoch, self._batch, self._group.rank)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def _loss(self, examples: Examples) -> Tensor:
         """The sum of the examples' weighted losses."""
@@ -256,8 +278,7 @@ class Run:
         self._report("examples_per_second", self._rate, step)
         if loss < self._best_loss:
             self._best_loss, self._best_epoch = loss, self._epoch
-            if self._group.leads:
-                self._keep_best()
+            self._keep_best()
         self._epoch, self._batch = self._epoch + 1, 0
         self._total.zero_()
         self._save()
@@ -271,9 +292,13 @@ class Run:
                 remove(older)
 
     def _keep_best(self) -> None:
+        learnt = self._learnt()
+        if not self._group.leads:
+            checkpoint.contribute(learnt)
+            return
         try:
             with replacing(self._best) as temporary:
-                checkpoint.save(temporary, self._learnt(), {})
+                checkpoint.save(temporary, learnt, {})
         except OSError as error:
             raise CheckpointError(
                 f"the weights of epoch {self._epoch} cannot be written to {self._best} "
@@ -318,19 +343,20 @@ class Run:
         self._report("running_loss", loss, step)
         self._report("examples_per_second", rate, step)
 
-    def _learnt(self) -> dict[str, Tensor]:
-        """Weights and optimizer states: what another training can start from."""
-        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        state = {f"optimizer.{n}": value for n, value in self._optimizers.tensors().items()}
-        return weights | state
+    def _weights(self) -> dict[str, Tensor | Shard]:
+        return {f"model.{name}": value for name, value in named_weights(self.model).items()}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        on_cuda = self._device.type == "cuda"
-        random = torch.cuda.get_rng_state(self._device) if on_cuda else torch.get_rng_state()
-        return {**self._learnt(), "random": random, "total": self._total}
+    def _learnt(self) -> dict[str, Tensor | Shard]:
+        """Weights and optimizer states: what another training can start from."""
+        state = {f"optimizer.{n}": value for n, value in self._optimizers.tensors().items()}
+        return self._weights() | state
 
     def _save(self) -> None:
+        total = self._total.clone()
+        self._group.sum_([total])
+        tensors = {**self._learnt(), "total": total}
         if not self._group.leads:
+            checkpoint.contribute(tensors)
             return
         state = {
             "key": self._key,
@@ -341,7 +367,7 @@ class Run:
             "history": [asdict(epoch) for epoch in self._history],
         }
         step = (self._epoch - 1) * len(self._feed) + self._batch
-        checkpoint.write(self._folder, step, self._tensors(), state)
+        checkpoint.write(self._folder, step, tensors, state)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if it is of this very training."""
@@ -352,10 +378,9 @@ class Run:
                 log.info("%s is of another training: starting anew", found)
                 remove(found)
             return
-        tensors = self._tensors()
-        checkpoint.load(found, tensors)
-        restore = torch.cuda.set_rng_state if self._device.type == "cuda" else torch.set_rng_state
-        restore(tensors["random"])
+        checkpoint.load(found, {**self._learnt(), "total": self._total})
+        if not self._group.leads:
+            self._total.zero_()  # the leading process has that of all
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._best_epoch = state["best_epoch"]
         self._best_loss = state["best_loss"] if self._best_epoch else math.inf
@@ -432,12 +457,18 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path, help="folder to keep checkpoints in")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the job's")
     parser.add_argument("--threads", type=int, help="instead of the job's")
+    parser.add_argument(
+        "--shard-tables",
+        action="store_const",
+        const=True,
+        help="let each process hold a part of every table, instead of the job's",
+    )
     given = parser.parse_args()
     level = logging.INFO if Group.leading() else logging.WARNING  # one speaks for all
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         job = _job(given.input)
-        chosen = {n: v for n in ("device", "threads") if (v := getattr(given, n)) is not None}
+        chosen = {n: v for n in OF_THE_MACHINE if (v := getattr(given, n, None)) is not None}
         config = replace(TrainingConfig(**job["training"]), **chosen)
         training, validation = (Batch.load(given.input / n) for n in ("train", "validation"))
         layout = Layout.of(job["layout"])

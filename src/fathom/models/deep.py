@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fathom.batch import Layout
-from fathom.models import Inputs
+from fathom.models import Bag, Inputs
+from fathom.models.tables import Tables, look_up, pool
+from fathom.parallel import Shard
 
 #: Standard deviation of initial embeddings: small, so that rare ids start as no opinion.
 _INITIAL_SCALE = 0.05
@@ -18,7 +20,7 @@ _INITIAL_SCALE = 0.05
 _LANES = 16
 
 
-class Embeddings(nn.Module):
+class Embeddings(Tables):
     """Embeddings of all deep fields beside the numeric inputs.
 
     Tables of one width are stored as one, each from a row of its own on, so that all their fields
@@ -52,11 +54,6 @@ class Embeddings(nn.Module):
         self._bags = [self._places[name] for name in layout.bags]
 
     @property
-    def stored(self) -> list[nn.Parameter]:
-        """The tables as they are stored and trained, one for each width."""
-        return list(self.parameters())
-
-    @property
     def places(self) -> dict[str, tuple[Tensor, int, int]]:
         """Where each table is: the stored one, its first row there, and its rows."""
         return {n: (self._stored(w), start, rows) for n, (w, start, rows) in self._places.items()}
@@ -73,14 +70,7 @@ class Embeddings(nn.Module):
         """(B, F) ids, G bags and (B, M) numbers in, (B, D) out."""
         single = [self._look_up(inputs.deep_ids, width) for width in self._widths]
         bags = [
-            functional.embedding_bag(
-                bag.values + start,
-                self._stored(width),
-                bag.offsets.to(bag.values.dtype),
-                mode="mean",
-                sparse=True,
-                include_last_offset=True,
-            )
+            pool(self._stored(width), Bag(bag.values + start, bag.offsets), "mean", self.holders)
             for (width, start, _), bag in zip(self._bags, inputs.deep_bags, strict=True)
         ]
         return torch.cat([*single, *bags, inputs.numeric], dim=1)
@@ -90,11 +80,25 @@ class Embeddings(nn.Module):
         columns = cast("Tensor", getattr(self, f"_columns_{width}"))
         chosen = ids if len(columns) == ids.shape[1] else ids.index_select(1, columns)
         rows = chosen + cast("Tensor", getattr(self, f"_starts_{width}"))
-        return functional.embedding(rows, self._stored(width), sparse=True).flatten(1)
+        return look_up(self._stored(width), rows, self.holders).flatten(1)
+
+    def named(self) -> dict[str, Tensor | Shard]:
+        """Its part of the model's state dict."""
+        found: dict[str, Tensor | Shard] = {}
+        for name, (width, start, rows) in self._places.items():
+            stored = self._stored(width).detach()
+            found[f"tables.{name}.weight"] = (
+                stored[start : start + rows]
+                if self.holders is None
+                else Shard(stored, start, rows, self.holders)
+            )
+        return found
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        if self.holders is not None:  # each table is somewhere else: `named_weights`
+            return
         for name in self._places:
             table = self.table(name)
             destination[f"{prefix}tables.{name}.weight"] = table if keep_vars else table.detach()

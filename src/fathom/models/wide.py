@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fathom.batch import Layout
 from fathom.models import Inputs
+from fathom.models.tables import Tables, look_up, pool
 
 
-class Wide(nn.Module):
+class Wide(Tables):
     """A linear model over one-hot columns and crosses: one weight for each id of each slot.
 
     Looking up and adding weights is the product of a sparse 0/1 vector with the weights. All slots
@@ -26,16 +26,6 @@ class Wide(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Weights by slot: (B, S) ids and T bags in, (B, S + T) out; a bag's weights are summed."""
-        single = functional.embedding(inputs.wide_ids, self.weight, sparse=True).squeeze(-1)
-        bags = [
-            functional.embedding_bag(
-                bag.values,
-                self.weight,
-                bag.offsets.to(bag.values.dtype),
-                mode="sum",
-                sparse=True,
-                include_last_offset=True,
-            )
-            for bag in inputs.wide_bags
-        ]
+        single = look_up(self.weight, inputs.wide_ids, self.holders).squeeze(-1)
+        bags = [pool(self.weight, bag, "sum", self.holders) for bag in inputs.wide_bags]
         return torch.cat([single, *bags], dim=1)
