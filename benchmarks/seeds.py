@@ -6,6 +6,7 @@ sampled negatives, stay the same.
 
     python benchmarks/seeds.py                     # three seeds of the default environment
     python benchmarks/seeds.py --seeds 5 --json
+    python benchmarks/seeds.py --seeds 10 --against precision=bfloat16   # does a setting matter?
     python benchmarks/seeds.py --quick             # two seeds, one epoch, the `test` environment
 """
 
@@ -25,7 +26,7 @@ import yaml
 
 import fathom
 from fathom.batch import Batch
-from fathom.config import TrainingConfig
+from fathom.config import ConfigError, TrainingConfig
 from fathom.encoding import Encoder
 from fathom.evaluation import Metrics, Predictions, metrics
 from fathom.hardware import hardware, peak_memory_mb
@@ -93,6 +94,42 @@ def measure(data: Path, config: TrainingConfig, seeds: Sequence[int]) -> dict[st
         "hardware": hardware(),
         "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def paired(
+    ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], margin: float
+) -> dict[str, dict[str, Any]]:
+    """The mean difference of each metric between two settings, seed by seed, and how sure it is.
+
+    Args:
+        ours, others: runs of the same seeds; a difference is theirs less ours.
+        margin: the two are called equivalent in a metric if its 90 % interval lies within this much
+            of 0, which is two one-sided t-tests at 5 % (Schuirmann 1987).
+
+    Returns:
+        Metric → ``difference``, ``lo`` and ``hi`` (of the 90 % interval), ``equivalent``.
+    """
+    from scipy import stats
+
+    found = {}
+    for name in ours[0]["metrics"]:
+        values = [
+            (theirs["metrics"][name], mine["metrics"][name])
+            for theirs, mine in zip(others, ours, strict=True)
+        ]
+        if any(None in pair for pair in values):
+            continue
+        differences = [theirs - mine for theirs, mine in values]
+        mean, error = statistics.fmean(differences), statistics.stdev(differences)
+        count = len(differences)
+        half = float(stats.t.ppf(0.95, count - 1)) * error / count**0.5
+        found[name] = {
+            "difference": mean,
+            "lo": mean - half,
+            "hi": mean + half,
+            "equivalent": -margin < mean - half and mean + half < margin,
+        }
+    return found
 
 
 def _run(
@@ -169,6 +206,17 @@ def table(figures: Mapping[str, Any]) -> str:
     )
 
 
+def against(figures: Mapping[str, Any], settings: str, margin: float) -> str:
+    """The paired differences as text."""
+    lines = ["", f"with {settings}, less without, seed by seed"]
+    lines.append("metric".ljust(16) + "difference".rjust(12) + "90 % interval".rjust(26))
+    for name, found in figures.items():
+        verdict = f"within {margin:g}" if found["equivalent"] else "not shown to be equal"
+        interval = f"{found['lo']:+.5f} … {found['hi']:+.5f}"
+        lines.append(f"{name:16}{found['difference']:+12.5f}{interval:>26}  {verdict}")
+    return "\n".join(lines)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Mean and spread of the model over seeds.")
     parser.add_argument("--data", type=Path, help="folder of a run (data; data/test with --quick)")
@@ -176,6 +224,15 @@ def _arguments() -> argparse.Namespace:
         "--training", type=Path, default=CONFIGURED, help="settings of the model (%(default)s)"
     )
     parser.add_argument("--seeds", type=int, help="how many, from the configured one on (3; 2)")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="SETTING=VALUE",
+        help="train each seed once more with these, as precision=bfloat16, and compare in pairs",
+    )
+    parser.add_argument(
+        "--margin", type=float, default=0.0005, help="what counts as no difference (%(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="2 seeds, 1 epoch, on data/test")
     parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
     parsed = parser.parse_args()
@@ -195,10 +252,23 @@ def main() -> None:
     if given.quick:
         config = dataclasses.replace(config, epochs=1)
     try:
-        figures = measure(given.data, config, range(config.seed, config.seed + given.seeds))
-    except InputError as error:
+        seeds = range(config.seed, config.seed + given.seeds)
+        figures = measure(given.data, config, seeds)
+        if given.against:
+            others = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in given.against))
+            other = measure(given.data, dataclasses.replace(config, **others), seeds)
+            figures["against"] = {
+                "settings": others,
+                "runs": other["runs"],
+                "margin": given.margin,
+                "differences": paired(figures["runs"], other["runs"], given.margin),
+            }
+    except (InputError, ConfigError, TypeError, yaml.YAMLError) as error:
         raise SystemExit(f"seeds: {error}") from None
     print(table(figures))
+    if given.against:
+        differences = figures["against"]["differences"]
+        print(against(differences, " ".join(given.against), given.margin))
     if given.json:
         print(json.dumps(figures, allow_nan=False))
 

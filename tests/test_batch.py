@@ -216,3 +216,31 @@ def test_a_layout_may_be_empty() -> None:
     layout = Layout(numeric=0, tables={}, fields=(), bags=(), wide_slots=(), wide_bags=0)
     assert layout.deep_width == 0
     assert layout.wide_rows == 0
+
+
+# -- fingerprint ----------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_tells_batches_apart_by_any_value_in_any_part():
+    whole = batch(rows=6)
+    assert batch(rows=6).fingerprint() == whole.fingerprint()
+    others = {
+        "numeric": whole.numeric + 1,
+        "deep_ids": whole.deep_ids + 1,
+        "deep_bags": (Ragged.of([[5] * (i % 3) for i in range(6)], np.int32),),
+        "wide_ids": whole.wide_ids[:, ::-1],
+        "wide_bags": whole.wide_bags[::-1],
+        "label": None,
+        "weight": np.full(6, 2, np.float32),
+    }
+    seen = {whole.fingerprint(), *(batch(6, **{n: v}).fingerprint() for n, v in others.items())}
+    assert len(seen) == 1 + len(others)
+
+
+def test_a_fingerprint_of_samples_reads_only_those_and_how_many_there_are():
+    whole = batch(rows=6)
+    other = whole.numeric.copy()
+    other[1] = -1  # between the samples 0, 2 and 4
+    assert batch(6, numeric=other).fingerprint(2) == whole.fingerprint(2)
+    assert batch(6, numeric=other).fingerprint() != whole.fingerprint()
+    assert batch(rows=5).fingerprint(2) != whole.fingerprint(2)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -127,6 +128,21 @@ def test_splits_and_predictions_of_different_runs_are_not_mixed(
     pq.write_table(rows.slice(0, 159), tmp_path / "07_model_output" / "predictions.parquet")
     with pytest.raises(seeds.InputError, match="not of the run that encoded the test split"):
         seeds.measure(tmp_path, TrainingConfig(), range(2))
+
+
+def test_pairs_of_seeds_tell_a_difference_from_chance(seeds: ModuleType) -> None:
+    """By hand: differences 1, 2, 3 have mean 2 and standard error 1/sqrt(3); t(0.95, 2) is 2.92."""
+
+    def runs(*losses: float) -> list[dict[str, Any]]:
+        return [{"metrics": {"logloss": loss, "user_auc": None}} for loss in losses]
+
+    found = seeds.paired(runs(5, 5, 5), runs(6, 7, 8), margin=4.0)
+    assert set(found) == {"logloss"}, "what is undefined in a run is not compared"
+    assert found["logloss"]["difference"] == 2
+    assert found["logloss"]["lo"] == pytest.approx(2 - 2.9200 / 3**0.5, abs=1e-3)
+    assert found["logloss"]["hi"] == pytest.approx(2 + 2.9200 / 3**0.5, abs=1e-3)
+    assert found["logloss"]["equivalent"]
+    assert not seeds.paired(runs(5, 5, 5), runs(6, 7, 8), margin=3.0)["logloss"]["equivalent"]
 
 
 def test_a_spread_needs_two_seeds(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -213,3 +214,40 @@ def test_fathom_also_trains_on_the_splits_and_settings_of_a_run(tmp_path: Path) 
     assert (found["epochs"], found["batch_size"]) == (1, 4)
     assert found["examples_per_second"] > 0
     assert 0 <= found["auc"] <= 1
+
+
+def figures_of(name: str, *options: str) -> dict[str, Any]:
+    """What a script in ``benchmarks/training`` measures, small."""
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/training/{name}", *options, "--json"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+def test_growth_measures_a_step_for_each_size() -> None:
+    small, large = figures_of("growth.py", "--rows", "26000", "520000")["runs"]
+    assert (small["rows"], large["rows"]) == (26_000, 520_000)
+    assert small["step_ms"] > 0
+    # For each row more 16 weights and a sum; in 28 slots, not 26, a wide weight and two states.
+    more = large["weights_and_states_mb"] - small["weights_and_states_mb"]
+    assert more == pytest.approx(494_000 * (17 + 28 / 26 * 3) * 4 / (1 << 20), abs=1)
+
+
+@pytest.mark.slow
+def test_streaming_trains_from_disk_and_from_memory(tmp_path: Path) -> None:
+    sizes = ("--rows", "40960", "--window", "8192", "--windows", "3", "--precision", "float32")
+    found = figures_of("streaming.py", "--folder", str(tmp_path / "log"), *sizes)
+    assert found["rows"] == 40_960
+    for kind in ("memory", "disk"):
+        assert found["runs"][kind]["steps"] == 3 * 8192 // 4096
+        assert found["runs"][kind]["examples_per_second"] > 0
+    assert (tmp_path / "log" / "label.npy").stat().st_size > 40_960 * 4, "kept, for another run"

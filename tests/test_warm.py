@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fathom.batch import Batch, Layout
+from fathom.batch import WIDE, Batch, Layout
 from fathom.config import TrainingConfig
 from fathom.models import build
 from fathom.step import Optimizers
 from fathom.training import train
-from fathom.warm import WIDE, WarmStart
+from fathom.warm import WarmStart
 
 CONFIG = TrainingConfig(hidden=(6,), epochs=1, batch_size=32, wide_l1=0.05, device="cpu", threads=1)
 

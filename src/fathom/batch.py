@@ -6,6 +6,7 @@ S single-valued wide slots, T multi-valued wide slots.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
+
+#: The name of the wide part's one table, beside those of `Layout.tables`.
+WIDE = "wide"
 
 
 class BatchError(ValueError):
@@ -113,6 +117,17 @@ class Batch:
             label=None if self.label is None else self.label[index],
             weight=None if self.weight is None else self.weight[index],
         )
+
+    def fingerprint(self, every: int = 1) -> str:
+        """SHA-256 of all that every so manieth example holds, in hexadecimal."""
+        some = self if every == 1 else self.take(np.arange(0, len(self), every))
+        digest = hashlib.sha256(str(len(self)).encode())
+        for name, part in some._parts().items():
+            ragged = isinstance(part, Ragged)
+            for array in (part.values, part.offsets) if isinstance(part, Ragged) else (part,):
+                digest.update(f"{name} {ragged} {array.shape} {array.dtype}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def faults(self, layout: Layout, task: str) -> list[str]:
         """Why nothing can be learnt from these examples, in words; none if it can."""

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
+
+Task = Literal["binary", "regression"]
 
 #: Settings of a training that say where and how it runs, not what it is.
 OF_THE_MACHINE = ("device", "threads", "checkpoint_seconds", "shard_tables")

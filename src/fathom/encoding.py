@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fathom.batch import Batch, IntArray, Layout, Ragged
+from fathom.batch import WIDE, Batch, IntArray, Layout, Ragged
 from fathom.features import stamp_name, stored_fields, stored_name
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, Column, Cross, FeatureSpec
 
@@ -413,7 +413,7 @@ class Encoder:
         keys: its rows are carried if it has as many buckets.
 
         Returns:
-            For each table by name, and for the wide part as ``wide``, (R,) old rows, -1 for none.
+            For each table by name, and for the wide part as `WIDE`, (R,) old rows, -1 for none.
         """
         found = {
             name: _carried(new.values, old.tables[name].values)
@@ -434,7 +434,7 @@ class Encoder:
             else:
                 places = np.full(rows, -1)
             slots.append(np.where(places >= 0, places + starts.get(name, 0), -1))
-        found["wide"] = np.concatenate(slots) if slots else np.zeros(0, np.int64)
+        found[WIDE] = np.concatenate(slots) if slots else np.zeros(0, np.int64)
         return found
 
     @property

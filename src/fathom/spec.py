@@ -26,11 +26,12 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fathom.config import Task
+
 Owner = Literal["user", "item", "context"]
 Kind = Literal["categorical", "multi", "numeric", "sequence"]
 Log = Literal["interactions", "exposures"]
 Measure = Literal["count", "sum", "mean", "rate", "recency_days", "last"]
-Task = Literal["binary", "regression"]
 M = TypeVar("M", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=63)]
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fathom.config import TrainingConfig
+from fathom.config import Task, TrainingConfig
 from fathom.models import Model
 from fathom.models.tables import Tables
 from fathom.models.wide import Wide
 from fathom.optim import FTRLProximal, SparseAdagrad, SparseRows, sum_duplicates
 from fathom.parallel import Group, Shard
-
-Task = Literal["binary", "regression"]
 
 #: AdaGrad's accumulator of dense weights starts near zero: gradients of a mean over a batch are
 #: small, so a larger start would outweigh them, and every weight would move at the same rate.

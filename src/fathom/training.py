@@ -29,13 +29,13 @@ from torch import Tensor
 from fathom import checkpoint
 from fathom.batch import Batch, BatchError, Layout
 from fathom.checkpoint import CheckpointError
-from fathom.config import OF_THE_MACHINE, ConfigError, TrainingConfig
+from fathom.config import OF_THE_MACHINE, ConfigError, Task, TrainingConfig
 from fathom.feed import Examples, Feed, weights
 from fathom.files import remove, replacing
 from fathom.models import Model, build, score
 from fathom.models.tables import Tables, named_weights
 from fathom.parallel import Group, Shard
-from fathom.step import Optimizers, Task, learning_rate, losses
+from fathom.step import Optimizers, learning_rate, losses
 from fathom.warm import WarmStart
 
 #: What is reported while training: a name, its value, and the step it belongs to.
@@ -428,14 +428,10 @@ def _key(job: Job) -> str:
     settings = job.config.as_dict()
     for name in OF_THE_MACHINE:
         del settings[name]
-    digest = hashlib.sha256(json.dumps([settings, asdict(job.layout), job.task]).encode())
-    for split in (job.training, job.validation):
-        step = max(len(split) // 1000, 1)
-        few = split.take(np.arange(0, len(split), step))
-        digest.update(str(len(split)).encode())
-        for array in (few.numeric, few.deep_ids, few.wide_ids, few.label, few.weight):
-            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    splits = (job.training, job.validation)
+    samples = [split.fingerprint(max(len(split) // 1000, 1)) for split in splits]
+    known = json.dumps([settings, asdict(job.layout), job.task, samples])
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _shown(rows: NDArray[Any]) -> str:

@@ -28,14 +28,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fathom.config import OF_THE_MACHINE, ConfigError, TrainingConfig
+from fathom.config import OF_THE_MACHINE, ConfigError, Task, TrainingConfig
 from fathom.files import locked
 
 if TYPE_CHECKING:
     import optuna
 
     from fathom.batch import Batch, Layout
-    from fathom.spec import Task
 
 #: Settings that no search may choose, and why.
 _REFUSED = {
@@ -347,24 +346,8 @@ def _name(
         del fixed[name]
     space = {name: range_.model_dump() for name, range_ in config.space.items()}
     known = [fathom.__version__, space, config.seed, fixed, dataclasses.asdict(layout), task]
-    digest = hashlib.sha256(json.dumps(known).encode())
-    for batch in (training, validation):
-        _update(digest, batch)
-    return digest.hexdigest()[:16]
-
-
-def _update(digest: Any, part: Any) -> None:
-    """Hash all arrays of a batch, by name and shape."""
-    import numpy as np
-
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, tuple):
-            for bag in value:
-                _update(digest, bag)
-        elif value is not None:
-            digest.update(f"{field.name}{value.shape}{value.dtype}".encode())
-            digest.update(np.ascontiguousarray(value).data)
+    known += [split.fingerprint() for split in (training, validation)]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def _range(declared: Any) -> Range:

@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom import checkpoint
-from fathom.batch import Layout
+from fathom.batch import WIDE, Layout
 from fathom.config import TrainingConfig
 from fathom.models import Model, build
 from fathom.models.deep import Embeddings
 from fathom.models.wide import Wide
 from fathom.step import Optimizers
-
-#: The name of the wide part's table among `WarmStart.rows`.
-WIDE = "wide"
 
 log = logging.getLogger(__name__)
 

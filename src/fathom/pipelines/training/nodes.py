@@ -7,8 +7,6 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fathom.config import SplitConfig, TrainingConfig
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
 from fathom.tracking import TrackingConfig
@@ -100,7 +98,10 @@ def train_candidate(
         )
     provenance = {
         "seed": training.seed,
-        "data_hash": _data_hash(train_batch, validation_batch),
+        # Of all that the model was trained on and stopped by; of nothing that came later.
+        "data_hash": hashlib.sha256(
+            (train_batch.fingerprint() + validation_batch.fingerprint()).encode()
+        ).hexdigest(),
         "code_version": fathom.__version__,
         "hardware": hardware(),
         "trained_from": split.train_from,
@@ -121,20 +122,6 @@ def _frame(rows: Table, spec: FeatureSpec) -> Any:
     own = (spec.label.name, INCLUSION_PROBABILITY)
     columns = dict.fromkeys([*own, *(column.name for column in spec.columns)])
     return frame_of(rows.select(*columns).to_pyarrow())
-
-
-def _data_hash(*batches: Batch) -> str:
-    """SHA-256 of all that a model was trained on and stopped by; of nothing that came later."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        bags = (*batch.deep_bags, *batch.wide_bags)
-        arrays: list[Any] = [batch.numeric, batch.deep_ids, batch.wide_ids]
-        arrays += [batch.label, batch.weight]
-        arrays += [array for bag in bags for array in (bag.values, bag.offsets)]
-        for array in arrays:
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def plot_training(training_curves: list[dict[str, Any]]) -> Any:
