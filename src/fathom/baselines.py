@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from fathom.evaluation import CLIP, Floats, Ints, Task
+from fathom.config import Task
+from fathom.evaluation import CLIP, Floats, Ints
 
 Matrix = npt.NDArray[np.float32]
 
