@@ -216,6 +216,9 @@ class Layout:
         wide_slots: rows of each of the S + T wide slots, in the order of the wide table;
             single-valued slots first.
         wide_bags: T, how many of them are multi-valued.
+        user, item: places among ``fields`` of the keys of user and item; None if they are not there.
+        owners: whose property each field, each bag and each numeric input is (``user``, ``item`` or
+            ``context``), F + G + M of them; empty if it is not known.
     """
 
     numeric: int
@@ -224,6 +227,9 @@ class Layout:
     bags: tuple[str, ...]
     wide_slots: tuple[int, ...]
     wide_bags: int
+    user: int | None = None
+    item: int | None = None
+    owners: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Layout:
@@ -241,9 +247,31 @@ class Layout:
                 bags=tuple(plain["bags"]),
                 wide_slots=tuple(int(rows) for rows in plain["wide_slots"]),
                 wide_bags=int(plain["wide_bags"]),
+                user=_place(plain.get("user")),
+                item=_place(plain.get("item")),
+                owners=tuple(str(owner) for owner in plain.get("owners", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BatchError(f"no layout ({error!r}); encode the splits again") from error
+
+    @property
+    def targets(self) -> tuple[int | None, ...]:
+        """For each bag, the first of the item's fields that shares its table: what it is about.
+
+        A user's recent product types, say, are about the product type of the candidate.
+        """
+        places = range(len(self.fields))
+        return tuple(
+            next(
+                (
+                    i
+                    for i in places
+                    if self.fields[i] == bag and (not self.owners or self.owners[i] == "item")
+                ),
+                None,
+            )
+            for bag in self.bags
+        )
 
     @property
     def deep_width(self) -> int:
@@ -254,3 +282,7 @@ class Layout:
     def wide_rows(self) -> int:
         """Rows of the wide table."""
         return sum(self.wide_slots)
+
+
+def _place(value: Any) -> int | None:
+    return None if value is None else int(value)

@@ -397,13 +397,23 @@ class Encoder:
         tables = {name: (self.tables[name].rows, width) for name, (width, _) in spec.tables.items()}
         table_of = {c.name: name for name, (_, cs) in spec.tables.items() for c in cs}
         slots = self._wide_slots()
+        single, bags = self._deep(bags=False), self._deep(bags=True)
+        names = [c.name for c in single]
+        numeric = [c.name for c in self._numeric() for _ in range(2)]
+
+        def place(key: str) -> int | None:
+            return names.index(key) if key in names else None
+
         return Layout(
             numeric=2 * len(self._numeric()),
             tables=tables,
-            fields=tuple(table_of[c.name] for c in self._deep(bags=False)),
-            bags=tuple(table_of[c.name] for c in self._deep(bags=True)),
+            fields=tuple(table_of[name] for name in names),
+            bags=tuple(table_of[c.name] for c in bags),
             wide_slots=tuple(rows for _, rows, _ in slots),
             wide_bags=sum(bag for _, _, bag in slots),
+            user=place(spec.entities.user),
+            item=place(spec.entities.item),
+            owners=tuple(spec.owner(n) for n in (*names, *(c.name for c in bags), *numeric)),
         )
 
     def rows_of(self, old: Encoder) -> dict[str, NDArray[np.int64]]:

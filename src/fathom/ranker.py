@@ -128,13 +128,20 @@ class Ranker:
         Raises:
             KeyError: the deep part has no embedding of that column.
         """
-        tables = {c.name: name for name, (_, cs) in self.spec.tables.items() for c in cs}
-        tables = tables if self.model.deep is not None else {}
+        tables = self._embedded
         if column not in tables:
             raise KeyError(f"{column}: this ranker has no embedding of it; it has {list(tables)}")
-        vocabulary = self.encoder.tables[tables[column]]
-        weights = self.model.state_dict()[f"deep.embeddings.tables.{tables[column]}.weight"]
-        return list(vocabulary.values), weights[FIRST_KNOWN:].numpy().copy()
+        name = tables[column]
+        weights = self.model.deep.embeddings.table(name).detach()  # type: ignore[union-attr,operator]
+        return list(self.encoder.tables[name].values), weights[FIRST_KNOWN:].cpu().numpy().copy()
+
+    @property
+    def _embedded(self) -> dict[str, str]:
+        """The columns whose values the deep part has learnt vectors of, and the table of each."""
+        learnt = getattr(self.model.deep, "embeddings", None)
+        held = () if learnt is None else learnt.places
+        tables = self.spec.tables.items()
+        return {c.name: name for name, (_, cs) in tables if name in held for c in cs}
 
     def published_embeddings(self) -> dict[str, EmbeddingTable]:
         """What retrieval reads of this ranker: view name → key column, keys, vectors.
@@ -142,12 +149,11 @@ class Ranker:
         Empty if its deep part has no embedding of the keys, or none was learned.
         """
         found = {}
-        embedded = {c.name for _, columns in self.spec.tables.values() for c in columns}
         for view, key in (
             ("user_embeddings", self.spec.entities.user),
             ("item_embeddings", self.spec.entities.item),
         ):
-            if key in embedded and self.model.deep is not None:
+            if key in self._embedded:
                 keys, vectors = self.embeddings(key)
                 if keys:
                     found[view] = (key, keys, vectors)

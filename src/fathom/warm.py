@@ -29,6 +29,9 @@ from fathom.step import Optimizers
 #: The name of the wide part's table among `WarmStart.rows`.
 WIDE = "wide"
 
+#: A table of a model: the part that it is in, and its name there.
+Place = tuple[str, str]
+
 log = logging.getLogger(__name__)
 
 
@@ -70,11 +73,12 @@ class WarmStart:
         return fresh
 
     def _carry_tables(
-        self, old: Mapping[str, dict[str, Tensor]], new: Mapping[str, dict[str, Tensor]]
+        self, old: Mapping[Place, dict[str, Tensor]], new: Mapping[Place, dict[str, Tensor]]
     ) -> list[str]:
         fresh = []
-        for name, parts in new.items():
-            places, before = self.rows.get(name), old.get(name)
+        for place, parts in new.items():
+            name = place[1]
+            places, before = self.rows.get(name), old.get(place)
             if places is None or before is None or _shapes(before) != _shapes(parts):
                 fresh.append(name)
                 continue
@@ -90,17 +94,17 @@ class WarmStart:
         return fresh
 
 
-def _tables(model: Model, optimizers: Optimizers) -> dict[str, dict[str, Tensor]]:
-    """Each table's weight and optimizer state by name, (R, ·), sharing memory with what is used."""
+def _tables(model: Model, optimizers: Optimizers) -> dict[Place, dict[str, Tensor]]:
+    """Each table's weight and optimizer state, (R, ·), sharing memory with what is used."""
     states = {id(w): s for part in optimizers.sparse for w, s in part.state.items()}
     found = {}
-    for module in model.modules():
+    for part, module in model.named_modules():
         if isinstance(module, Wide):
-            found[WIDE] = {"weight": module.weight.detach(), **states[id(module.weight)]}
+            found[part, WIDE] = {"weight": module.weight.detach(), **states[id(module.weight)]}
         if isinstance(module, Embeddings):
             for name, (stored, start, rows) in module.places.items():
                 whole = {"weight": stored.detach(), **states[id(stored)]}
-                found[name] = {n: value[start : start + rows] for n, value in whole.items()}
+                found[part, name] = {n: value[start : start + rows] for n, value in whole.items()}
     return found
 
 
