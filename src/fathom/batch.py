@@ -216,7 +216,7 @@ class Layout:
         wide_slots: rows of each of the S + T wide slots, in the order of the wide table;
             single-valued slots first.
         wide_bags: T, how many of them are multi-valued.
-        user, item: places among ``fields`` of the keys of user and item; None if they are not there.
+        user, item: places among ``fields`` of the keys of user and item; None if not there.
         owners: whose property each field, each bag and each numeric input is (``user``, ``item`` or
             ``context``), F + G + M of them; empty if it is not known.
     """

@@ -133,9 +133,9 @@ class InterestNetwork(nn.Module):
         if all(target is None for target in layout.targets):
             raise ConfigError(
                 [
-                    f"training.model is {config.model!r}, which needs a history (a multi or sequence "
-                    "column) whose embedding table a column of the item shares; the spec has none: "
-                    "add one, or choose another model"
+                    f"training.model is {config.model!r}, which needs a history (a multi or "
+                    "sequence column) whose embedding table a column of the item shares; the spec "
+                    "has none: add one, or choose another model"
                 ]
             )
         self.embeddings = AttendedEmbeddings(layout, config.attention_width, config.activation)

@@ -3,14 +3,14 @@
 Each cross layer multiplies the first input x_0 by a function of the last x_l, so l layers reach
 products of l + 1 inputs. With ⊙ the product by element::
 
-    v1:       x_(l+1) = x_0 (x_l . w_l) + b_l + x_l                            (Wang et al. 2017, eq. 3)
-    v2:       x_(l+1) = x_0 ⊙ (W_l x_l + b_l) + x_l                            (Wang et al. 2021, eq. 1)
-    mixture:  x_(l+1) = sum_i G_i(x_l) x_0 ⊙ (U_i g(C_i g(V_i' x_l)) + b_l) + x_l           (eq. 4)
+    v1:       x_(l+1) = x_0 (x_l . w_l) + b_l + x_l                     (Wang et al. 2017, eq. 3)
+    v2:       x_(l+1) = x_0 ⊙ (W_l x_l + b_l) + x_l                     (Wang et al. 2021, eq. 1)
+    mixture:  x_(l+1) = sum_i G_i(x_l) x_0 ⊙ (U_i g(C_i g(V_i' x_l)) + b_l) + x_l         (eq. 4)
 
 The cross network stands beside the deep one, and one linear layer reads both ("parallel", Wang et
 al. 2021, figure 1b).
 
-Legend: B examples, D width of the embeddings side by side with the numbers, K experts, R their rank.
+Legend: B examples, D width of the embeddings beside the numbers, K experts, R their rank.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Ensemble(Model):
 
     def heads(self, inputs: Inputs) -> Tensor:
         """(B, 3): the wide logit, the deep one, and the two combined."""
-        assert self.wide is not None and self.deep is not None
+        assert self.wide is not None
+        assert self.deep is not None
         wide = self.wide(inputs).sum(dim=1) + self.biases[0]
         deep = self.deep(inputs) + self.biases[1]
         both = torch.stack([wide, deep], dim=1)
@@ -40,7 +41,8 @@ class Ensemble(Model):
 
     def contributions(self, inputs: Inputs) -> Contributions:
         """The exact parts of each combined logit."""
-        assert self.wide is not None and self.deep is not None
+        assert self.wide is not None
+        assert self.deep is not None
         return Contributions(
             wide=self.wide(inputs) * self.shares[0],
             deep=self.deep(inputs) * self.shares[1],

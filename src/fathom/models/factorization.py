@@ -108,8 +108,8 @@ class DeepFM(nn.Module):
 def _keys(layout: Layout, config: TrainingConfig) -> tuple[str, str]:
     """The tables of the user's and the item's keys."""
     missing = [
-        f"training.model is {config.model!r}, which needs the {whose}'s key as a feature of its own; "
-        f"the spec has no deep column of it: add one, or choose another model"
+        f"training.model is {config.model!r}, which needs the {whose}'s key as a feature of its "
+        "own; the spec has no deep column of it: add one, or choose another model"
         for whose, place in (("user", layout.user), ("item", layout.item))
         if place is None
     ]
@@ -124,7 +124,8 @@ class _Pair(nn.Module):
     def __init__(self, layout: Layout, config: TrainingConfig, width: int) -> None:
         super().__init__()
         user, item = _keys(layout, config)
-        assert layout.user is not None and layout.item is not None
+        assert layout.user is not None
+        assert layout.item is not None
         self._places = [layout.user, layout.item]
         tables = {name: (layout.tables[name][0], width) for name in (user, item)}
         self.embeddings = Embeddings(
