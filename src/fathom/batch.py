@@ -219,6 +219,7 @@ class Layout:
         user, item: places among ``fields`` of the keys of user and item; None if not there.
         owners: whose property each field, each bag and each numeric input is (``user``, ``item`` or
             ``context``), F + G + M of them; empty if it is not known.
+        names: the column that each field, each bag and each numeric input is of; as ``owners``.
     """
 
     numeric: int
@@ -230,6 +231,7 @@ class Layout:
     user: int | None = None
     item: int | None = None
     owners: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Layout:
@@ -250,6 +252,7 @@ class Layout:
                 user=_place(plain.get("user")),
                 item=_place(plain.get("item")),
                 owners=tuple(str(owner) for owner in plain.get("owners", ())),
+                names=tuple(str(name) for name in plain.get("names", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BatchError(f"no layout ({error!r}); encode the splits again") from error
@@ -258,19 +261,22 @@ class Layout:
     def targets(self) -> tuple[int | None, ...]:
         """For each bag, the first of the item's fields that shares its table: what it is about.
 
-        A user's recent product types, say, are about the product type of the candidate.
+        A user's recent product types, say, are about the product type of the candidate. Without
+        owners, any field may be the item's; a bag of the item itself is about none.
         """
-        places = range(len(self.fields))
+        fields, bags = self.owners[: len(self.fields)], self.owners[len(self.fields) :]
         return tuple(
-            next(
+            None
+            if bags and bags[i] == "item"
+            else next(
                 (
-                    i
-                    for i in places
-                    if self.fields[i] == bag and (not self.owners or self.owners[i] == "item")
+                    place
+                    for place, table in enumerate(self.fields)
+                    if table == bag and (not fields or fields[place] == "item")
                 ),
                 None,
             )
-            for bag in self.bags
+            for i, bag in enumerate(self.bags)
         )
 
     @property

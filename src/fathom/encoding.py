@@ -399,7 +399,7 @@ class Encoder:
         slots = self._wide_slots()
         single, bags = self._deep(bags=False), self._deep(bags=True)
         names = [c.name for c in single]
-        numeric = [c.name for c in self._numeric() for _ in range(2)]
+        columns = (*names, *(c.name for c in bags), *self._numeric_inputs)
 
         def place(key: str) -> int | None:
             return names.index(key) if key in names else None
@@ -413,7 +413,8 @@ class Encoder:
             wide_bags=sum(bag for _, _, bag in slots),
             user=place(spec.entities.user),
             item=place(spec.entities.item),
-            owners=tuple(spec.owner(n) for n in (*names, *(c.name for c in bags), *numeric)),
+            owners=tuple(spec.owner(name) for name in columns),
+            names=columns,
         )
 
     def rows_of(self, old: Encoder) -> dict[str, NDArray[np.int64]]:
@@ -514,6 +515,28 @@ class Encoder:
                 bags.append(Ragged(ids, offsets))
             start += rows
         return single, bags
+
+    @property
+    def _numeric_inputs(self) -> list[str]:
+        """The column of each numeric input: two for each, its value and whether it is missing."""
+        return [column.name for column in self._numeric() for _ in range(2)]
+
+    @property
+    def nothing(self) -> Batch:
+        """One example of which nothing is known: every value is missing, every list empty."""
+        none = np.zeros(2, np.int64)
+        bags = len(self._deep(bags=True))
+        slots = self._wide_slots()
+        starts = np.cumsum([0, *(rows for _, rows, _ in slots)])[:-1].astype(np.int32)
+        single = sum(not bag for _, _, bag in slots)
+        empty = Ragged(np.zeros(0, np.int32), none)
+        return Batch(
+            numeric=np.tile(np.array([[0, 1]], np.float32), len(self._numeric())),
+            deep_ids=np.full((1, len(self._deep(bags=False))), MISSING, np.int32),
+            deep_bags=(empty,) * bags,
+            wide_ids=starts[None, :single] + np.int32(MISSING),
+            wide_bags=(empty,) * (len(slots) - single),
+        )
 
     def _numeric(self) -> list[Column]:
         return [c for c in self.spec.columns if c.is_numeric and c.deep]

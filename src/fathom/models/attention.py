@@ -4,10 +4,10 @@ Zhou et al. 2018, "Deep interest network for click-through rate prediction" (arX
 history of n items with embeddings e_1 … e_n is pooled for a candidate with embedding v (section
 4.3, equation 3)::
 
-    sum over j of a(e_j, v) e_j,    a(e, v) = w . f(W [e, v, e - v, e ⊙ v])
+    sum over j of a(e_j, v) e_j,    a(e, v) = w . f(W [e, v, e - v, e ⊙ v] + b) + c
 
 The weights a are not normalised, so that their sum says how strong the interest is. f is Dice
-(section 5.3, equation 4), p the share of an activation s that passes::
+(section 5.2, equation 9), p the share of an activation s that passes::
 
     f(s) = p s + (1 - p) alpha s,    p = sigmoid((s - E[s]) / sqrt(Var[s] + eps))
 
@@ -56,8 +56,9 @@ class Dice(nn.Module):
 
 
 def _activation(name: str, width: int) -> nn.Module:
-    made = {"dice": lambda: Dice(width), "prelu": lambda: nn.PReLU(width), "relu": nn.ReLU}
-    return made[name]()
+    if name == "relu":
+        return nn.ReLU()
+    return nn.PReLU(width) if name == "prelu" else Dice(width)
 
 
 class Attention(nn.Module):
@@ -99,7 +100,11 @@ class AttendedEmbeddings(Embeddings):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """(B, F) ids, G bags and (B, M) numbers in, (B, D) out."""
-        averaged = super().forward(inputs)
+        rest = (
+            bag if target is None else _emptied(bag)
+            for bag, target in zip(inputs.deep_bags, self._targets, strict=True)
+        )
+        averaged = super().forward(inputs._replace(deep_bags=tuple(rest)))
         parts = [averaged[:, : self.columns.bags[0].start]]
         for i, (columns, bag) in enumerate(zip(self.columns.bags, inputs.deep_bags, strict=True)):
             target = self._targets[i]
@@ -121,8 +126,13 @@ class AttendedEmbeddings(Embeddings):
         return torch.zeros_like(candidate).index_add_(0, row, weights * values)
 
 
+def _emptied(bag: Bag) -> Bag:
+    """As many rows, without any values."""
+    return Bag(bag.values[:0], torch.zeros_like(bag.offsets))
+
+
 class InterestNetwork(nn.Module):
-    """Attended embeddings, then layers with the same activation, then one logit.
+    """Attended embeddings, then layers with the same activation, then one logit; all in float32.
 
     Args:
         config: ``activation``, ``attention_width``, ``hidden`` and ``dropout`` of it.
@@ -134,8 +144,8 @@ class InterestNetwork(nn.Module):
             raise ConfigError(
                 [
                     f"training.model is {config.model!r}, which needs a history (a multi or "
-                    "sequence column) whose embedding table a column of the item shares; the spec "
-                    "has none: add one, or choose another model"
+                    "sequence column, not of the item) whose embedding table a column of the item "
+                    "shares; the spec has none: add one, or choose another model"
                 ]
             )
         self.embeddings = AttendedEmbeddings(layout, config.attention_width, config.activation)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fathom.batch import Layout
-from fathom.config import TrainingConfig
+from fathom.config import ConfigError, TrainingConfig
 from fathom.models import Inputs, Model
 from fathom.models.deep import Embeddings, Layers
 
@@ -100,15 +100,27 @@ class DeepCross(nn.Module):
         return logit
 
 
+def _width(layout: Layout, config: TrainingConfig) -> int:
+    if not layout.deep_width:
+        raise ConfigError(
+            [
+                f"training.model is {config.model!r}, which needs deep columns; the spec has none: "
+                "add one, or choose another model"
+            ]
+        )
+    return layout.deep_width
+
+
 def dcn(layout: Layout, config: TrainingConfig) -> Model:
     """Deep & Cross with vectors (Wang et al. 2017, arXiv:1708.05123)."""
-    layers: list[nn.Module] = [CrossLayer(layout.deep_width) for _ in range(config.cross_layers)]
+    width = _width(layout, config)
+    layers: list[nn.Module] = [CrossLayer(width) for _ in range(config.cross_layers)]
     return Model(None, DeepCross(layout, config, layers))
 
 
 def dcn_v2(layout: Layout, config: TrainingConfig) -> Model:
     """Deep & Cross with matrices, full or a mixture of low ranks (Wang et al. 2021, 2008.13535)."""
-    width, rank = layout.deep_width, config.cross_rank
+    width, rank = _width(layout, config), config.cross_rank
     layers: list[nn.Module] = [
         MixtureCrossLayer(width, rank, config.cross_experts) if rank else MatrixCrossLayer(width)
         for _ in range(config.cross_layers)

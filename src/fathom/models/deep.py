@@ -148,19 +148,26 @@ class Embeddings(Tables):
 
 
 class Columns(NamedTuple):
-    """Where the parts of an `Embeddings` output are: each field's, each bag's, and the numbers."""
+    """Where the parts of an `Embeddings` output are: each field's, each bag's, and the numbers.
+
+    ``names`` are of the columns that they are of, in that order (`Layout.names`).
+    """
 
     fields: tuple[slice, ...]
     bags: tuple[slice, ...]
     numeric: slice
+    names: tuple[str, ...]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The columns of each field, each bag and each number."""
+        numbers = range(self.numeric.start, self.numeric.stop)
+        return [*self.fields, *self.bags, *(slice(i, i + 1) for i in numbers)]
 
     def of(self, owners: Sequence[str], wanted: Set[str]) -> list[int]:
         """Columns of the owners that are wanted (`Layout.owners`)."""
-        numbers = range(self.numeric.start, self.numeric.stop)
-        parts = [range(s.start, s.stop) for s in (*self.fields, *self.bags)]
-        parts += [range(i, i + 1) for i in numbers]
-        owned = zip(owners, parts, strict=True)
-        return [column for owner, part in owned if owner in wanted for column in part]
+        owned = zip(owners, self.parts, strict=True)
+        return [c for owner, s in owned if owner in wanted for c in range(s.start, s.stop)]
 
 
 def _columns(layout: Layout) -> Columns:
@@ -174,7 +181,8 @@ def _columns(layout: Layout) -> Columns:
         bags.append(slice(start, start + layout.tables[name][1]))
         start = bags[-1].stop
     fields = (slice(s, s + width) for s, width in zip(starts, widths, strict=True))
-    return Columns(tuple(fields), tuple(bags), slice(start, start + layout.numeric))
+    numbers = slice(start, start + layout.numeric)
+    return Columns(tuple(fields), tuple(bags), numbers, layout.names)
 
 
 class ReluLinear(nn.Linear):

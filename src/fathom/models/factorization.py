@@ -56,7 +56,8 @@ class FactorizationMachine(nn.Module):
         numbers = embedded[:, self._numeric]
         total, squares = numbers @ self.numeric, numbers.square() @ self.numeric.square()
         for i, (start, stop, width) in enumerate(self._runs):
-            vectors = embedded[:, start:stop].unflatten(1, (-1, width))  # (B, fields, width)
+            fields = (stop - start) // width
+            vectors = embedded[:, start:stop].reshape(len(embedded), fields, width)
             if str(i) in self.projections:
                 vectors = torch.einsum("bfw,fwk->bfk", vectors, self.projections[str(i)])
             total = total + vectors.sum(dim=1)
@@ -102,7 +103,8 @@ class DeepFM(nn.Module):
         """Logits, shape (B,)."""
         embedded = self.embeddings(inputs)
         logit: Tensor = self.layers(embedded).squeeze(-1)
-        return logit + self.pairs(embedded) + self.first_order(inputs)
+        logit = logit + self.pairs(embedded) + self.first_order(inputs)
+        return logit
 
 
 def _keys(layout: Layout, config: TrainingConfig) -> tuple[str, str]:
@@ -128,9 +130,8 @@ class _Pair(nn.Module):
         assert layout.item is not None
         self._places = [layout.user, layout.item]
         tables = {name: (layout.tables[name][0], width) for name in (user, item)}
-        self.embeddings = Embeddings(
-            Layout(0, tables, (user, item), (), (), 0, user=0, item=1, owners=("user", "item"))
-        )
+        names = tuple(layout.names[i] for i in self._places) if layout.names else ()
+        self.embeddings = Embeddings(Layout(0, tables, (user, item), (), (), 0, names=names))
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(B, width) of each."""
@@ -145,7 +146,7 @@ class DotProduct(_Pair):
 
     Koren, Bell and Volinsky 2009, "Matrix factorization techniques", equation 4. Well tuned, it is
     ahead of a learnt similarity (Rendle et al. 2020, "Neural collaborative filtering vs. matrix
-    factorization revisited", arXiv:2005.09683); its penalty is ``embedding_l2``.
+    factorization revisited", arXiv:2005.09683); its penalty is ``embedding_l2``, by ``ftrl``.
     """
 
     def __init__(self, layout: Layout, config: TrainingConfig) -> None:
@@ -159,7 +160,8 @@ class DotProduct(_Pair):
         """Logits, shape (B,)."""
         user, item = super().forward(inputs)
         user_bias, item_bias = self.biases(inputs)
-        return (user * item).sum(dim=1) + (user_bias + item_bias).squeeze(1)
+        logit: Tensor = (user * item).sum(dim=1) + (user_bias + item_bias).squeeze(1)
+        return logit
 
 
 class NeuMF(nn.Module):
