@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.batch import Batch, Layout, Ragged
+from fathom.batch import Batch, BatchError, Layout, Ragged
 
 lists = st.lists(st.lists(st.integers(-9, 9), max_size=4), max_size=8)
 
@@ -244,3 +246,65 @@ def test_a_fingerprint_of_samples_reads_only_those_and_how_many_there_are():
     assert batch(6, numeric=other).fingerprint(2) == whole.fingerprint(2)
     assert batch(6, numeric=other).fingerprint() != whole.fingerprint()
     assert batch(rows=5).fingerprint(2) != whole.fingerprint(2)
+
+
+#: A user and an item by key, two of the item's attributes, what the user took before, and numbers.
+SHOP = Layout(
+    numeric=2,
+    tables={"user": (9, 4), "item": (7, 4), "kind": (5, 2), "colour": (3, 2)},
+    fields=("user", "item", "kind", "colour"),
+    bags=("kind", "item", "colour"),
+    wide_slots=(9,),
+    wide_bags=0,
+    user=0,
+    item=1,
+    owners=("user", "item", "item", "item", "user", "user", "item", "context", "user"),
+)
+
+
+def test_a_bag_is_about_the_items_field_that_shares_its_table() -> None:
+    # Kinds and items that the user took are about the candidate's; its own colours about nothing.
+    assert SHOP.targets == (2, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "expected"),
+    [
+        ({"fields": ("user", "item", "colour", "colour")}, (None, 1, None)),
+        ({"fields": ("user", "kind", "kind", "colour")}, (1, None, None)),  # the first of two
+        ({"fields": ("kind", "item", "kind", "colour")}, (2, 1, None)),  # the user's is not meant
+        ({"bags": ("user", "user", "user")}, (None, None, None)),
+        ({"bags": (), "owners": SHOP.owners[:4] + SHOP.owners[7:]}, ()),
+        # Without owners any field may be the item's, and any bag the user's.
+        ({"owners": ()}, (2, 1, 3)),
+        ({"owners": (), "fields": ("kind", "item", "kind", "colour")}, (0, 1, 3)),
+    ],
+)
+def test_a_bag_that_shares_no_table_with_the_item_is_about_nothing(
+    replaced: dict[str, Any], expected: tuple[int | None, ...]
+) -> None:
+    assert dataclasses.replace(SHOP, **replaced).targets == expected
+
+
+@pytest.mark.parametrize("layout", [SHOP, dataclasses.replace(SHOP, user=None, item=None)])
+def test_a_layout_survives_as_plain_values(layout: Layout) -> None:
+    assert Layout.of(json.loads(json.dumps(dataclasses.asdict(layout)))) == layout
+
+
+def test_a_layout_of_before_there_were_keys_and_owners_is_read() -> None:
+    plain = dataclasses.asdict(SHOP)
+    for newer in ("user", "item", "owners", "names"):
+        plain.pop(newer, None)
+    layout = Layout.of(plain)
+    assert (layout.user, layout.item, layout.owners) == (None, None, ())
+    assert layout.fields == SHOP.fields
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"user": "first"}, {"item": [1]}, {"owners": 3}, {"tables": [1]}, {"numeric": None}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_is_no_layout_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BatchError, match=r"^no layout \(.+\); encode the splits again$"):
+        Layout.of(dataclasses.asdict(SHOP) | wrong)

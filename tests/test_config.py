@@ -42,6 +42,16 @@ BOUNDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "positive_weight": ("a finite number above 0", NOT_ABOVE_ZERO, [0.1, 3]),
     "warmup_steps": ("a whole number of 0 or more", NOT_WHOLE, [0, 100]),
     "shuffle_rows": ("a whole number of 1 or more", [0, *NOT_WHOLE], [1, 2**20]),
+    "cross_layers": ("a whole number of 1 or more", [0, *NOT_WHOLE], [1, 6]),
+    "cross_rank": ("a whole number of 0 or more", NOT_WHOLE, [0, 64]),
+    "cross_experts": ("a whole number of 1 or more", [0, *NOT_WHOLE], [1, 8]),
+    "factors": ("a whole number of 1 or more", [0, *NOT_WHOLE], [1, 64]),
+    "attention_width": ("a whole number of 1 or more", [0, *NOT_WHOLE], [1, 36]),
+    "activation": (
+        "'dice', 'prelu' or 'relu'",
+        ["tanh", "Dice", "", None, 0],
+        ["dice", "prelu", "relu"],
+    ),
     "embedding_optimizer": (
         "'adagrad', 'rowwise_adagrad' or 'ftrl'",
         ["adam", "", None, 0, ["ftrl"]],

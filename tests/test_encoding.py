@@ -462,6 +462,61 @@ def test_a_batch_by_hand() -> None:
     assert layout.fields == ("user_id", "genre")
     assert layout.bags == ("tags", "genre")
     assert layout.deep_width == 16 + 4 + 8 + 4 + 4
+    assert (layout.user, layout.item) == (0, None)  # items have no column of their key
+    # Of user_id, genre, tags, recent, and two inputs each of price and visits.
+    assert layout.owners == (
+        *("user", "item", "item", "user"),
+        *("context", "context", "user", "user"),
+    )
+    assert layout.targets == (None, 1)  # recent is about genre
+
+
+@pytest.mark.parametrize(
+    ("keys", "places"),
+    [
+        ({}, (1, 2)),
+        ({"user_id": {"deep": False, "wide": True}}, (None, 1)),  # the wide part's alone
+        ({"item_id": {"deep": False, "wide": True}}, (1, None)),
+    ],
+)
+def test_the_layout_says_where_the_keys_are_and_whose_each_column_is(
+    keys: dict[str, dict[str, Any]], places: tuple[int | None, int | None]
+) -> None:
+    """Derived columns are the user's if any of their inputs is, else the context's, else item's."""
+
+    def aggregate(*by: str) -> dict[str, Any]:
+        return {"kind": "numeric", "aggregate": {"by": by, "measure": "count"}}
+
+    text = {"kind": "categorical", "owner": "context"}
+    columns: dict[str, dict[str, Any]] = {
+        "weather": text,
+        "user_id": text | {"owner": "user"},
+        "item_id": text | {"owner": "item"},
+        "price": {"kind": "numeric", "owner": "item"},
+        "bought": aggregate("user_id", "item_id"),
+        "sold": aggregate("item_id"),
+        "sold_in_rain": aggregate("item_id", "weather"),
+        "dearth": {"kind": "numeric", "ratio": {"of": "price", "to": "sold_in_rain"}},
+    }
+    spec = FeatureSpec.model_validate(
+        {
+            "entities": {"user": "user_id", "item": "item_id", "request": "visit_id"},
+            "label": {"name": "bought_now", "values": [0, 1]},
+            "columns": [
+                {"name": name, **column, **keys.get(name, {})} for name, column in columns.items()
+            ],
+        }
+    )
+    texts_ = {name: texts("a", "a") for name in ("weather", "user_id", "item_id")}
+    numbers = ("price", "bought", "sold", "sold_in_rain", "dearth")
+    frame_ = texts_ | {name: np.zeros(2, np.float32) for name in numbers}
+    layout = fit_encoder(frame_, spec).layout
+    assert (layout.user, layout.item) == places
+    known = [owner for owner, key in (("user", "user_id"), ("item", "item_id")) if key not in keys]
+    of_numbers = ("item", "user", "item", "context", "context")
+    twice = [owner for owner in of_numbers for _ in range(2)]  # with "is missing"
+    assert layout.owners == ("context", *known, *twice)
+    assert len(layout.owners) == len(layout.fields) + len(layout.bags) + layout.numeric
 
 
 def test_slots_do_not_overlap_in_the_wide_table() -> None:

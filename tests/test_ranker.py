@@ -21,6 +21,7 @@ from fathom.batch import Ragged
 from fathom.config import TrainingConfig
 from fathom.encoding import Encoder, FrameError, fit_encoder, with_ratios
 from fathom.models import build
+from fathom.models.family import MODELS
 from fathom.ranker import (
     MANIFEST,
     ArtifactError,
@@ -160,13 +161,14 @@ def test_a_frame_that_does_not_fit_is_refused():
 # --- explanations ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["wide", "deep", "wide_deep"])
+@pytest.mark.parametrize("model", MODELS)
 def test_the_parts_of_an_explanation_sum_to_the_logit(model):
-    ranker = ranker_of(model)
+    ranker = ranker_of(model, KEYED)
     parts = ranker.explain(FRAME)
     np.testing.assert_allclose(sigmoid(sum(parts.values())), ranker.score(FRAME), atol=1e-6)
     assert all(part.shape == (200,) for part in parts.values())
-    slots = {"user_id", "tags", "user_id_x_genre", "recent_x_tags"} if model != "deep" else set()
+    slots = {"user_id", "tags", "user_id_x_genre", "recent_x_tags"}
+    slots = slots if model in {"wide", "wide_deep", "ensemble"} else set()
     assert set(parts) == {"bias", "deep"} | slots
     assert parts["deep"].any() == (model != "wide")
 
@@ -246,6 +248,74 @@ def test_a_wide_model_has_no_embeddings():
         ranker_of("wide").embeddings("user_id")
 
 
+#: With items that are known by their key.
+KEYED = FeatureSpec.model_validate(
+    json.loads(SPEC.to_json())
+    | {
+        "columns": [
+            column | ({"min_count": 2} if column["name"] == "item_id" else {})
+            for column in json.loads(SPEC.to_json())["columns"]
+        ]
+    }
+)
+
+
+def test_a_dot_products_embeddings_are_the_vectors_that_it_multiplies():
+    ranker = ranker_of("dot_product", KEYED, factors=5)
+    published = ranker.published_embeddings()
+    assert list(published) == ["user_embeddings", "item_embeddings"]
+    users, items = (
+        dict(zip(keys, vectors, strict=True)) for _, keys, vectors in published.values()
+    )
+    assert {key: len(vectors) for key, _, vectors in published.values()} == {
+        "user_id": 6,
+        "item_id": 9,
+    }
+    state = {name: weight.numpy() for name, weight in ranker.model.state_dict().items()}
+    row = 17
+    user, item = FRAME["user_id"][row], FRAME["item_id"][row]
+    assert users[user].shape == items[item].shape == (5,)
+    logit = users[user] @ items[item] + state["bias"]
+    for column, key in (("user_id", user), ("item_id", item)):
+        place = ranker.encoder.tables[column].ids(texts([key]))[0]
+        logit += state[f"deep.biases.embeddings.tables.{column}.weight"][place, 0]
+    assert ranker.score(FRAME)[row] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-5)
+    # Of all other features it reads nothing, so that it has no vectors of them.
+    message = r"genre: this ranker has no embedding of it; it has \['user_id', 'item_id'\]"
+    with pytest.raises(KeyError, match=message):
+        ranker.embeddings("genre")
+
+
+def test_a_hybrid_autoencoder_has_vectors_of_items_and_codes_of_users():
+    ranker = ranker_of("hybrid_autoencoder", KEYED)
+    published = ranker.published_embeddings()
+    assert list(published) == ["item_embeddings"]
+    _, keys, vectors = published["item_embeddings"]
+    table = ranker.model.state_dict()["deep.decoder.tables.item_id.weight"].numpy()
+    np.testing.assert_array_equal(vectors, table[ranker.encoder.tables["item_id"].ids(texts(keys))])
+    for column in ("user_id", "genre"):
+        message = rf"{column}: this ranker has no embedding of it; it has \['item_id'\]"
+        with pytest.raises(KeyError, match=message):
+            ranker.embeddings(column)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_vector_is_published_that_was_never_trained(model):
+    encoder = fit_encoder(FRAME, KEYED)
+    batch = encoder.encode(FRAME)
+    config = replace(CONFIG, model=model)
+    learnt = train(encoder.layout, batch, batch, config, "binary").model
+    published, initial = (
+        Ranker(encoder, network, config).published_embeddings()
+        for network in (learnt, build(encoder.layout, config))
+    )
+    expected = {"wide": set(), "hybrid_autoencoder": {"item_embeddings"}}
+    assert set(published) == expected.get(model, {"user_embeddings", "item_embeddings"})
+    for view, (_, keys, vectors) in published.items():
+        moved = (vectors != initial[view][2]).any(axis=1)
+        assert moved.all(), (view, [k for k, m in zip(keys, moved, strict=True) if not m])
+
+
 # --- version -----------------------------------------------------------------------------------
 
 
@@ -297,9 +367,9 @@ def test_what_does_not_change_scores_does_not_change_the_version():
 # --- saving and loading ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["wide", "deep", "wide_deep"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_loaded_ranker_is_the_saved_one(tmp_path, model):
-    saved = ranker_of(model, dropout=0.3)
+    saved = ranker_of(model, KEYED, dropout=0.3)
     version = saved.save(tmp_path / "new")
     loaded = Ranker.load(tmp_path / "new")
 

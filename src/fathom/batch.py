@@ -231,6 +231,10 @@ class Layout:
         wide_slots: rows of each of the S + T wide slots, in the order of the wide table;
             single-valued slots first.
         wide_bags: T, how many of them are multi-valued.
+        user, item: places among ``fields`` of the keys of user and item; None if not there.
+        owners: whose property each field, each bag and each numeric input is (``user``, ``item`` or
+            ``context``), F + G + M of them; empty if it is not known.
+        names: the column that each field, each bag and each numeric input is of; as ``owners``.
     """
 
     numeric: int
@@ -239,6 +243,10 @@ class Layout:
     bags: tuple[str, ...]
     wide_slots: tuple[int, ...]
     wide_bags: int
+    user: int | None = None
+    item: int | None = None
+    owners: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Layout:
@@ -256,9 +264,35 @@ class Layout:
                 bags=tuple(plain["bags"]),
                 wide_slots=tuple(int(rows) for rows in plain["wide_slots"]),
                 wide_bags=int(plain["wide_bags"]),
+                user=_place(plain.get("user")),
+                item=_place(plain.get("item")),
+                owners=tuple(str(owner) for owner in plain.get("owners", ())),
+                names=tuple(str(name) for name in plain.get("names", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BatchError(f"no layout ({error!r}); encode the splits again") from error
+
+    @property
+    def targets(self) -> tuple[int | None, ...]:
+        """For each bag, the first of the item's fields that shares its table: what it is about.
+
+        A user's recent product types, say, are about the product type of the candidate. Without
+        owners, any field may be the item's; a bag of the item itself is about none.
+        """
+        fields, bags = self.owners[: len(self.fields)], self.owners[len(self.fields) :]
+        return tuple(
+            None
+            if bags and bags[i] == "item"
+            else next(
+                (
+                    place
+                    for place, table in enumerate(self.fields)
+                    if table == bag and (not fields or fields[place] == "item")
+                ),
+                None,
+            )
+            for i, bag in enumerate(self.bags)
+        )
 
     @property
     def deep_width(self) -> int:
@@ -269,3 +303,7 @@ class Layout:
     def wide_rows(self) -> int:
         """Rows of the wide table."""
         return sum(self.wide_slots)
+
+
+def _place(value: Any) -> int | None:
+    return None if value is None else int(value)

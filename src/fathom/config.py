@@ -29,6 +29,11 @@ class TrainingConfig:
         model: a name in `fathom.models.MODELS`.
         hidden: widths of the deep part's ReLU layers.
         dropout: share of each hidden layer's activations dropped in training.
+        cross_layers, cross_rank, cross_experts: of ``dcn`` and ``dcn_v2``; with a rank of 0 the
+            second has full matrices, else a mixture of so many experts of that rank.
+        factors: width of the vectors that ``deepfm``, ``dot_product`` and ``neumf`` multiply.
+        activation, attention_width: of ``din``: ``dice``, ``prelu`` or ``relu``, and the width of
+            the layer that weighs a history.
         wide_learning_rate, wide_l1, wide_l2: FTRL-Proximal's alpha and penalties, in units of one
             example's gradient (McMahan et al. 2013, section 3.1).
         embedding_optimizer: ``adagrad`` (a sum of squares for each weight), ``rowwise_adagrad``
@@ -62,6 +67,12 @@ class TrainingConfig:
     model: str = "wide_deep"
     hidden: tuple[int, ...] = (256, 128, 64)
     dropout: float = 0.0
+    cross_layers: int = 2
+    cross_rank: int = 0
+    cross_experts: int = 4
+    factors: int = 16
+    activation: str = "dice"
+    attention_width: int = 36
     wide_learning_rate: float = 0.05
     wide_l1: float = 1.0
     wide_l2: float = 0.0
@@ -102,7 +113,8 @@ class TrainingConfig:
     def _bounds(self) -> list[tuple[str, Any, str, bool]]:
         least = {
             **dict.fromkeys(("batch_size", "epochs", "shuffle_rows"), 1),
-            **dict.fromkeys(("patience", "seed", "threads", "warmup_steps"), 0),
+            **dict.fromkeys(("cross_layers", "cross_experts", "factors", "attention_width"), 1),
+            **dict.fromkeys(("cross_rank", "patience", "seed", "threads", "warmup_steps"), 0),
         }
         positive = (
             "wide_learning_rate",
@@ -121,6 +133,7 @@ class TrainingConfig:
         )
         choices = {
             "embedding_optimizer": ("adagrad", "rowwise_adagrad", "ftrl"),
+            "activation": ("dice", "prelu", "relu"),
             "schedule": ("linear", "cosine", "constant"),
             "precision": ("float32", "bfloat16"),
             "device": ("auto", "cpu", "cuda"),

@@ -397,13 +397,24 @@ class Encoder:
         tables = {name: (self.tables[name].rows, width) for name, (width, _) in spec.tables.items()}
         table_of = {c.name: name for name, (_, cs) in spec.tables.items() for c in cs}
         slots = self._wide_slots()
+        single, bags = self._deep(bags=False), self._deep(bags=True)
+        names = [c.name for c in single]
+        columns = (*names, *(c.name for c in bags), *self._numeric_inputs)
+
+        def place(key: str) -> int | None:
+            return names.index(key) if key in names else None
+
         return Layout(
             numeric=2 * len(self._numeric()),
             tables=tables,
-            fields=tuple(table_of[c.name] for c in self._deep(bags=False)),
-            bags=tuple(table_of[c.name] for c in self._deep(bags=True)),
+            fields=tuple(table_of[name] for name in names),
+            bags=tuple(table_of[c.name] for c in bags),
             wide_slots=tuple(rows for _, rows, _ in slots),
             wide_bags=sum(bag for _, _, bag in slots),
+            user=place(spec.entities.user),
+            item=place(spec.entities.item),
+            owners=tuple(spec.owner(name) for name in columns),
+            names=columns,
         )
 
     def rows_of(self, old: Encoder) -> dict[str, NDArray[np.int64]]:
@@ -504,6 +515,28 @@ class Encoder:
                 bags.append(Ragged(ids, offsets))
             start += rows
         return single, bags
+
+    @property
+    def _numeric_inputs(self) -> list[str]:
+        """The column of each numeric input: two for each, its value and whether it is missing."""
+        return [column.name for column in self._numeric() for _ in range(2)]
+
+    @property
+    def nothing(self) -> Batch:
+        """One example of which nothing is known: every value is missing, every list empty."""
+        none = np.zeros(2, np.int64)
+        bags = len(self._deep(bags=True))
+        slots = self._wide_slots()
+        starts = np.cumsum([0, *(rows for _, rows, _ in slots)])[:-1].astype(np.int32)
+        single = sum(not bag for _, _, bag in slots)
+        empty = Ragged(np.zeros(0, np.int32), none)
+        return Batch(
+            numeric=np.tile(np.array([[0, 1]], np.float32), len(self._numeric())),
+            deep_ids=np.full((1, len(self._deep(bags=False))), MISSING, np.int32),
+            deep_bags=(empty,) * bags,
+            wide_ids=starts[None, :single] + np.int32(MISSING),
+            wide_bags=(empty,) * (len(slots) - single),
+        )
 
     def _numeric(self) -> list[Column]:
         return [c for c in self.spec.columns if c.is_numeric and c.deep]

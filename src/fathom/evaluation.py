@@ -190,6 +190,16 @@ class Interval:
 
 
 @dataclass(frozen=True, eq=False)
+class Resampled:
+    """Metrics by name (K) of ``everyone``, (K,), and of each draw of users, (R, K); else NaN."""
+
+    names: list[str]
+    everyone: Floats
+    draws: Floats
+    users: int
+
+
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A version of the model and its predictions on the test rows."""
 
@@ -271,24 +281,38 @@ def paired_interval(
         EvaluationError: the two were not made for the same rows in the same order.
     """
     _check_same_rows(champion, challenger)
-    old, new = _UserSums(champion), _UserSums(challenger)
-    everyone = np.ones(new.users)
-    difference = new(everyone) - old(everyone)
+    old, new = resampled(champion, config), resampled(challenger, config)
+    everyone, draws = new.everyone - old.everyone, new.draws - old.draws
+    return {
+        name: interval(value, drawn, config) if new.users > 1 else None
+        for name, value, drawn in zip(new.names, everyone, draws.T, strict=True)
+    }
+
+
+def resampled(predictions: Predictions, config: EvaluationConfig) -> Resampled:
+    """Measure predictions on all users, and on as many users drawn with replacement, many times.
+
+    The draws follow from ``config`` and the number of users. So predictions of the same rows are
+    measured on the same users, and whatever is computed of their metrics is paired.
+    """
+    totals = _UserSums(predictions)
+    users = totals.users
     generator = np.random.default_rng(config.seed)
-    draws = np.empty((config.resamples, len(new.names)))
+    draws = np.empty((config.resamples, len(totals.names)))
     for draw in draws:
-        drawn = generator.integers(new.users, size=new.users)
-        counts = np.bincount(drawn, minlength=new.users).astype(np.float64)
-        draw[:] = new(counts) - old(counts)
+        drawn = generator.integers(users, size=users)
+        draw[:] = totals(np.bincount(drawn, minlength=users).astype(np.float64))
+    return Resampled(totals.names, totals(np.ones(users)), draws, users)
+
+
+def interval(difference: float, draws: Floats, config: EvaluationConfig) -> Interval | None:
+    """The central ``confidence`` of a difference's draws (R,); None where it is undefined."""
+    known = draws[np.isfinite(draws)]
+    if not np.isfinite(difference) or not known.size:
+        return None
     tail = (1 - config.confidence) / 2
-    intervals: dict[str, Interval | None] = {}
-    for name, value, drawn_values in zip(new.names, difference, draws.T, strict=True):
-        known = drawn_values[np.isfinite(drawn_values)]
-        intervals[name] = None
-        if new.users > 1 and np.isfinite(value) and known.size:
-            lo, hi = np.quantile(known, (tail, 1 - tail))
-            intervals[name] = Interval(float(value), float(lo), float(hi))
-    return intervals
+    lo, hi = np.quantile(known, (tail, 1 - tail))
+    return Interval(float(difference), float(lo), float(hi))
 
 
 def gate(

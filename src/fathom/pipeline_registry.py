@@ -3,8 +3,8 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-#: Not part of ``kedro run``: replay reads what a run does not make, tuning trains many times.
-APART = frozenset({"replay", "tuning"})
+#: Not part of a run: tuning and comparison train many times, and replay needs a service's log.
+APART = frozenset({"comparison", "replay", "tuning"})
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -122,19 +122,41 @@ class Ranker:
             **{name: wide[:, i] for i, name in enumerate(slots)},
         }
 
+    def attribute(self, frame: Frame, steps: int = 64) -> dict[str, NDArray[np.float64]]:
+        """What each column contributes to the deep part's logit (`fathom.attribution`).
+
+        Returns:
+            Column → (N,), and ``baseline``, (N,): the logit of an example of which nothing is
+            known. They sum to ``deep`` of `explain`, up to the error of a sum over ``steps``.
+
+        Raises:
+            ValueError: the model has no deep part.
+        """
+        from fathom.attribution import attribute
+
+        encoder = self.encoder
+        return attribute(self.model, encoder.encode(frame), encoder.nothing, steps)
+
     def embeddings(self, column: str) -> tuple[list[str], NDArray[np.float32]]:
         """Learned vectors of a column's known values: R keys, (R, D) float32.
 
         Raises:
             KeyError: the deep part has no embedding of that column.
         """
-        tables = {c.name: name for name, (_, cs) in self.spec.tables.items() for c in cs}
-        tables = tables if self.model.deep is not None else {}
+        tables = self._embedded
         if column not in tables:
             raise KeyError(f"{column}: this ranker has no embedding of it; it has {list(tables)}")
-        vocabulary = self.encoder.tables[tables[column]]
-        weights = self.model.state_dict()[f"deep.embeddings.tables.{tables[column]}.weight"]
-        return list(vocabulary.values), weights[FIRST_KNOWN:].numpy().copy()
+        name = tables[column]
+        weights = self.model.deep.embeddings.table(name).detach()  # type: ignore[union-attr,operator]
+        return list(self.encoder.tables[name].values), weights[FIRST_KNOWN:].cpu().numpy().copy()
+
+    @property
+    def _embedded(self) -> dict[str, str]:
+        """The columns whose values the deep part has learnt vectors of, and the table of each."""
+        learnt = getattr(self.model.deep, "embeddings", None)
+        held = () if learnt is None else learnt.places
+        tables = self.spec.tables.items()
+        return {c.name: name for name, (_, cs) in tables if name in held for c in cs}
 
     def published_embeddings(self) -> dict[str, EmbeddingTable]:
         """What retrieval reads of this ranker: view name → key column, keys, vectors.
@@ -142,12 +164,11 @@ class Ranker:
         Empty if its deep part has no embedding of the keys, or none was learned.
         """
         found = {}
-        embedded = {c.name for _, columns in self.spec.tables.values() for c in columns}
         for view, key in (
             ("user_embeddings", self.spec.entities.user),
             ("item_embeddings", self.spec.entities.item),
         ):
-            if key in embedded and self.model.deep is not None:
+            if key in self._embedded:
                 keys, vectors = self.embeddings(key)
                 if keys:
                     found[view] = (key, keys, vectors)

@@ -218,11 +218,12 @@ class Run:
             size = min(config.batch_size, self._rows - self._batch * config.batch_size)
             if config.dropout:
                 self._draw()
-            loss = self._loss(examples)
+            every = self._losses(examples)
+            loss = every[:, -1].detach().sum()
             self._watch(loss / max(len(examples), 1), examples)
             rate = learning_rate(config, step, batches * config.epochs)
-            self._optimizers.step(loss / size, size, rate)
-            self._total += loss.detach()
+            self._optimizers.step(every.sum() / size, size, rate)
+            self._total += loss
             self._batch += 1
             now = time.perf_counter()
             if now - reported > _PROGRESS_SECONDS:
@@ -241,13 +242,15 @@ class Run:
         place = (self._config.seed, self._epoch, self._batch, self._group.rank)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
-    def _loss(self, examples: Examples) -> Tensor:
-        """The sum of the examples' weighted losses."""
-        each = losses(self.model(examples.inputs), examples.label, self._job.task)
-        return each.sum() if examples.weight is None else (each * examples.weight).sum()
+    def _losses(self, examples: Examples) -> Tensor:
+        """(B, H) the examples' weighted losses, by each of the model's heads."""
+        heads = self.model.heads(examples.inputs)
+        each = losses(heads, examples.label[:, None].expand_as(heads), self._job.task)
+        return each if examples.weight is None else each * examples.weight[:, None]
 
     def _validate(self) -> None:
         """Close an epoch: score validation, keep the weights if they are the best."""
+        self._agree()
         sums = [self._total]
         self._group.sum_(sums)
         train_loss = float(sums[0]) / self._rows
@@ -284,6 +287,13 @@ class Run:
         self._save()
         self._tidy()
         self._group.wait()
+
+    def _agree(self) -> None:
+        """Let all processes have the means of what each has kept for itself, such as moments."""
+        own = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        for buffer in own:
+            buffer /= self._group.world
+        self._group.sum_(own)
 
     def _tidy(self) -> None:
         """Remove what earlier epochs had learnt, now that no checkpoint names it any more."""

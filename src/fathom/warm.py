@@ -26,6 +26,9 @@ from fathom.models.deep import Embeddings
 from fathom.models.wide import Wide
 from fathom.step import Optimizers
 
+#: A table of a model: the part that it is in, and its name there.
+Place = tuple[str, str]
+
 log = logging.getLogger(__name__)
 
 
@@ -67,11 +70,12 @@ class WarmStart:
         return fresh
 
     def _carry_tables(
-        self, old: Mapping[str, dict[str, Tensor]], new: Mapping[str, dict[str, Tensor]]
+        self, old: Mapping[Place, dict[str, Tensor]], new: Mapping[Place, dict[str, Tensor]]
     ) -> list[str]:
         fresh = []
-        for name, parts in new.items():
-            places, before = self.rows.get(name), old.get(name)
+        for place, parts in new.items():
+            name = place[1]
+            places, before = self.rows.get(name), old.get(place)
             if places is None or before is None or _shapes(before) != _shapes(parts):
                 fresh.append(name)
                 continue
@@ -87,17 +91,17 @@ class WarmStart:
         return fresh
 
 
-def _tables(model: Model, optimizers: Optimizers) -> dict[str, dict[str, Tensor]]:
-    """Each table's weight and optimizer state by name, (R, ·), sharing memory with what is used."""
+def _tables(model: Model, optimizers: Optimizers) -> dict[Place, dict[str, Tensor]]:
+    """Each table's weight and optimizer state, (R, ·), sharing memory with what is used."""
     states = {id(w): s for part in optimizers.sparse for w, s in part.state.items()}
     found = {}
-    for module in model.modules():
+    for part, module in model.named_modules():
         if isinstance(module, Wide):
-            found[WIDE] = {"weight": module.weight.detach(), **states[id(module.weight)]}
+            found[part, WIDE] = {"weight": module.weight.detach(), **states[id(module.weight)]}
         if isinstance(module, Embeddings):
             for name, (stored, start, rows) in module.places.items():
                 whole = {"weight": stored.detach(), **states[id(stored)]}
-                found[name] = {n: value[start : start + rows] for n, value in whole.items()}
+                found[part, name] = {n: value[start : start + rows] for n, value in whole.items()}
     return found
 
 
@@ -116,6 +120,11 @@ def _carry_layers(old: Model, before: Optimizers, new: Model, after: Optimizers)
             weight.copy_(weights[name])
             for part, value in after.dense.state[weight].items():
                 value.copy_(before.dense.state[weights[name]][part])
+        moments = dict(old.named_buffers())
+        for name, buffer in new.named_buffers():
+            known = moments.get(name)
+            if known is not None and known.is_floating_point() and known.shape == buffer.shape:
+                buffer.copy_(known)
     return fresh
 
 

@@ -27,6 +27,7 @@ def test_the_default_pipeline_is_the_sum_of_the_others():
     summed = [stage for name, stage in stages.items() if name not in APART]
     assert len(NODES) == sum(len(stage.nodes) for stage in summed)
     assert sorted(stages) == [
+        "comparison",
         "evaluation",
         "feature_store",
         "features",

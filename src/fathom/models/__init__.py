@@ -113,6 +113,10 @@ class Model(nn.Module):
         """Logits, shape (B,)."""
         return self.contributions(inputs).logit
 
+    def heads(self, inputs: Inputs) -> Tensor:
+        """Logits that are each trained on the label, (B, H); the last one is the prediction."""
+        return self(inputs)[:, None]  # type: ignore[no-any-return]
+
     def contributions(self, inputs: Inputs) -> Contributions:
         """The exact parts of each logit."""
         rows = len(inputs.numeric)
@@ -144,9 +148,9 @@ def build(layout: Layout, config: TrainingConfig) -> Model:
     """A freshly initialised model, reproducible from ``config.seed``.
 
     Raises:
-        ConfigError: ``config.model`` is not registered.
+        ConfigError: ``config.model`` is not registered, or the layout lacks what it is about.
     """
-    from fathom.models.wide_deep import MODELS
+    from fathom.models.family import MODELS
 
     if config.model not in MODELS:
         raise ConfigError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Embeddings(Tables):
             self.register_parameter(f"_stored_{size}", nn.Parameter(table))
         places = [self._places[name] for name in layout.fields]
         self._widths = list(dict.fromkeys(stored for stored, _, _ in places))
+        self.columns = _columns(layout)
         for width in self._widths:
             columns = [i for i, place in enumerate(places) if place[0] == width]
             starts = [places[i][1] for i in columns]
@@ -62,6 +64,11 @@ class Embeddings(Tables):
         """A table's rows (R, width), sharing memory with what is trained."""
         width, start, rows = self._places[name]
         return self._stored(width)[start : start + rows]
+
+    def place(self, bag: int) -> tuple[Tensor, int]:
+        """The stored table of a bag, and its first row there."""
+        width, start, _ = self._bags[bag]
+        return self._stored(width), start
 
     def _stored(self, width: str) -> Tensor:
         return cast("Tensor", getattr(self, f"_stored_{width}"))
@@ -114,7 +121,13 @@ class Embeddings(Tables):
         error_msgs: list[str],
     ) -> None:
         expected = {f"{prefix}tables.{name}.weight": name for name in self._places}
-        unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in expected]
+        unexpected_keys += [
+            key
+            for key in state_dict
+            if key.startswith(prefix)
+            and key not in expected
+            and key.removeprefix(prefix).split(".")[0] not in self._modules
+        ]
         for key, name in expected.items():
             table = self.table(name)
             if key not in state_dict:
@@ -127,6 +140,44 @@ class Embeddings(Tables):
             else:
                 with torch.no_grad():
                     table.copy_(state_dict[key])
+
+
+class Columns(NamedTuple):
+    """Where the parts of an `Embeddings` output are: each field's, each bag's, and the numbers.
+
+    ``names`` are of the columns that they are of, in that order (`Layout.names`).
+    """
+
+    fields: tuple[slice, ...]
+    bags: tuple[slice, ...]
+    numeric: slice
+    names: tuple[str, ...]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The columns of each field, each bag and each number."""
+        numbers = range(self.numeric.start, self.numeric.stop)
+        return [*self.fields, *self.bags, *(slice(i, i + 1) for i in numbers)]
+
+    def of(self, owners: Sequence[str], wanted: Set[str]) -> list[int]:
+        """Columns of the owners that are wanted (`Layout.owners`)."""
+        owned = zip(owners, self.parts, strict=True)
+        return [c for owner, s in owned if owner in wanted for c in range(s.start, s.stop)]
+
+
+def _columns(layout: Layout) -> Columns:
+    widths = [layout.tables[name][1] for name in layout.fields]
+    starts, start = [0] * len(widths), 0
+    for width in dict.fromkeys(widths):
+        for i in (i for i, other in enumerate(widths) if other == width):
+            starts[i], start = start, start + width
+    bags = []
+    for name in layout.bags:
+        bags.append(slice(start, start + layout.tables[name][1]))
+        start = bags[-1].stop
+    fields = (slice(s, s + width) for s, width in zip(starts, widths, strict=True))
+    numbers = slice(start, start + layout.numeric)
+    return Columns(tuple(fields), tuple(bags), numbers, layout.names)
 
 
 class ReluLinear(nn.Linear):
@@ -207,6 +258,34 @@ def _padded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
+class Layers(nn.Sequential):
+    """ReLU layers: (B, inputs) in, (B, ``width``) out, in bfloat16 if that is what they compute in.
+
+    Args:
+        inputs: width of what goes in.
+        hidden: widths of the layers.
+        dropout: share of activations dropped after each.
+        bfloat16: whether the products may be computed so in training.
+    """
+
+    def __init__(
+        self, inputs: int, hidden: tuple[int, ...], dropout: float, bfloat16: bool = False
+    ) -> None:
+        super().__init__()
+        self.width = inputs
+        for next_width in hidden:
+            self.append(ReluLinear(self.width, next_width, bfloat16))
+            self.append(nn.Dropout(dropout))
+            self.width = next_width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One after the other."""
+        for layer in self:
+            # Eight bits would round logits that differ; products that are no layer's are small.
+            x = layer(x.to(layer.weight.dtype) if type(layer) is nn.Linear else x)
+        return x
+
+
 class Deep(nn.Module):
     """Embeddings, then ReLU layers, then one logit (its bias is the model's).
 
@@ -221,16 +300,10 @@ class Deep(nn.Module):
     ) -> None:
         super().__init__()
         self.embeddings = Embeddings(layout)
-        layers: list[nn.Module] = []
-        width = layout.deep_width
-        for next_width in hidden:
-            layers += [ReluLinear(width, next_width, bfloat16), nn.Dropout(dropout)]
-            width = next_width
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 1, bias=False))
+        self.layers = Layers(layout.deep_width, hidden, dropout, bfloat16)
+        self.layers.append(nn.Linear(self.layers.width, 1, bias=False))
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits, shape (B,)."""
-        activated = self.layers[:-1](self.embeddings(inputs))
-        # Eight bits would round logits that differ; the last product is small.
-        logit: Tensor = self.layers[-1](activated.to(self.layers[-1].weight.dtype)).squeeze(-1)
+        logit: Tensor = self.layers(self.embeddings(inputs)).squeeze(-1)
         return logit

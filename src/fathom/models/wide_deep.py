@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fathom.batch import Layout
 from fathom.config import TrainingConfig
-from fathom.models import Builder, Model
+from fathom.models import Model
 from fathom.models.deep import Deep
 from fathom.models.wide import Wide
 
@@ -26,6 +26,3 @@ def deep(layout: Layout, config: TrainingConfig) -> Model:
 def wide_deep(layout: Layout, config: TrainingConfig) -> Model:
     """Both parts, summed before the loss and trained together."""
     return Model(Wide(layout), _deep(layout, config))
-
-
-MODELS: dict[str, Builder] = {"wide": wide, "deep": deep, "wide_deep": wide_deep}
