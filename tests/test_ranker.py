@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fathom import files
 from fathom.batch import Ragged
@@ -381,6 +382,25 @@ def test_a_loaded_ranker_is_the_saved_one(tmp_path, model):
         saved.provenance,
     )
     assert not loaded.model.training  # or its dropout would drop
+
+
+def test_zeros_of_the_wide_part_are_not_kept(tmp_path):
+    """L1 leaves most weights at 0, of either sign; a file that keeps them would be as large."""
+    ranker = ranker_of()
+    table = ranker.model.wide.weight
+    with torch.no_grad():
+        table.zero_()
+        table[1::2] = -0.0
+        table[3], table[7] = 0.5, -0.25
+    dense = Ranker(ranker.encoder, ranker.model, ranker.config)
+    version = dense.save(tmp_path / "new")
+    kept = load_file(tmp_path / "new" / "weights.safetensors")
+    assert "wide.weight" not in kept
+    assert (kept["wide.rows"].tolist(), kept["wide.values"].tolist()) == ([3, 7], [0.5, -0.25])
+    loaded = Ranker.load(tmp_path / "new")
+    assert torch.equal(loaded.model.wide.weight, table)
+    assert loaded.version == version
+    np.testing.assert_array_equal(loaded.score(FRAME), dense.score(FRAME))
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path):

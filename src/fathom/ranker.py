@@ -6,7 +6,7 @@ A folder of plain files; nothing in it is code, and nothing is unpickled:
 ``spec.json``            the feature spec the model was trained with
 ``vocabularies.json``    known values, in the order of their ids
 ``encoder.safetensors``  quantiles and cross keys
-``weights.safetensors``  the model
+``weights.safetensors``  the model; of the wide table only the weights other than 0
 ``ranker.json``          model settings, provenance, metrics
 ``golden.json``          recorded requests and the probabilities they must return
 ``reference.parquet``    a sample of scored exposures that drift is measured against
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fathom import files
 from fathom.batch import Batch, Ragged
@@ -39,6 +40,8 @@ from fathom.spec import FeatureSpec
 MANIFEST = "manifest.json"
 #: How far a reloaded or served probability may be from the one at training time.
 TOLERANCE = 1e-6
+#: The wide table in a model's state dict, and what is kept of it.
+_WIDE_TABLE, _WIDE_ROWS, _WIDE_VALUES = "wide.weight", "wide.rows", "wide.values"
 _LARGEST = float(np.finfo(np.float32).max)
 
 #: Key column, keys of length R, vectors (R, D) float32.
@@ -83,7 +86,8 @@ class Ranker:
         """
         digest = hashlib.sha256(self.encoder.fingerprint.encode())
         for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+            # Zeros of the wide part are not kept, and so neither is their sign.
+            digest.update(name.encode() + (weight.detach().cpu() + 0.0).numpy().tobytes())
         day = str(self.provenance.get("trained_until", "undated"))[:10].replace("-", "")
         return f"{day}-{digest.hexdigest()[:12]}"
 
@@ -185,7 +189,7 @@ class Ranker:
 
         self.encoder.save(folder)
         weights = {n: w.detach().cpu().contiguous() for n, w in self.model.state_dict().items()}
-        save_file(weights, folder / "weights.safetensors")
+        save_file(_without_zeros(weights), folder / "weights.safetensors")
         described = {
             "version": self.version,
             "training": self.config.as_dict(),
@@ -214,9 +218,29 @@ class Ranker:
         encoder = Encoder.load(folder)
         config = TrainingConfig(**described["training"])
         model = build(encoder.layout, config)
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
+        model.load_state_dict(_with_zeros(load_file(folder / "weights.safetensors"), encoder))
         model.eval()
         return cls(encoder, model, config, described["provenance"])
+
+
+def _without_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name, of the wide table only those other than 0 and where they are."""
+    kept = {name: weight for name, weight in weights.items() if name != _WIDE_TABLE}
+    if _WIDE_TABLE in weights:
+        table = weights[_WIDE_TABLE][:, 0]
+        rows = table.nonzero()[:, 0]
+        kept |= {_WIDE_ROWS: rows.to(torch.int32), _WIDE_VALUES: table[rows]}
+    return kept
+
+
+def _with_zeros(kept: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """What `_without_zeros` was given."""
+    weights = {n: weight for n, weight in kept.items() if n not in (_WIDE_ROWS, _WIDE_VALUES)}
+    if _WIDE_ROWS in kept:
+        table = torch.zeros(encoder.layout.wide_rows, 1)
+        table[kept[_WIDE_ROWS].long(), 0] = kept[_WIDE_VALUES]
+        weights[_WIDE_TABLE] = table
+    return weights
 
 
 def verify(folder: Path) -> str:
