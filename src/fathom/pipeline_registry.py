@@ -3,8 +3,9 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-#: Not part of a run: tuning and comparison train many times, and replay needs a service's log.
-APART = frozenset({"comparison", "replay", "tuning"})
+#: Not part of ``kedro run``: replay reads what a run does not make, tuning and the comparison train
+#: many times, and cross_search proposes what a person pastes.
+APART = frozenset({"comparison", "cross_search", "replay", "tuning"})
 
 
 def register_pipelines() -> dict[str, Pipeline]:

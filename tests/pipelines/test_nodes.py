@@ -28,6 +28,7 @@ def test_the_default_pipeline_is_the_sum_of_the_others():
     assert len(NODES) == sum(len(stage.nodes) for stage in summed)
     assert sorted(stages) == [
         "comparison",
+        "cross_search",
         "evaluation",
         "feature_store",
         "features",
