@@ -177,6 +177,59 @@ def test_killed_within_an_epoch_two_processes_end_as_if_they_were_not(
         assert np.array_equal(resumed[name], value), name
 
 
+#: Each process takes its number as the moments of its half; what they agree on is printed.
+AGREE = """
+import json, sys
+from pathlib import Path
+import torch
+from fathom.batch import Batch, Layout
+from fathom.config import TrainingConfig
+from fathom.parallel import Group
+from fathom.training import Job, Run
+
+job = json.loads((Path(sys.argv[1]) / "job.json").read_text())
+splits = [Batch.load(Path(sys.argv[1]) / name) for name in ("train", "validation")]
+config = TrainingConfig(**job["training"])
+run = Run(Job(Layout.of(job["layout"]), *splits, config, "binary"), Path(sys.argv[2]))
+moments = [b for name, b in run.model.named_buffers() if name.endswith((".mean", ".variance"))]
+for moment in moments:
+    moment.fill_(1 + 2 * run._group.rank)
+run._agree()
+Path(sys.argv[2], f"{run._group.rank}.json").write_text(json.dumps([m.tolist() for m in moments]))
+Group.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_moments_that_each_process_keeps_become_those_of_all(job: Path, tmp_path: Path):
+    """Else they would score validation differently, and one might stop before the other."""
+    described = json.loads((job / "job.json").read_text())
+    described["training"] |= {"model": "din", "activation": "dice"}
+    described["layout"] |= {"bags": ["a"], "tables": {"a": [12, 4], "b": [12, 8]}}
+    owners = ["item", "item", "user", "user", "user"]
+    described["layout"] |= {"owners": owners}
+    other = tmp_path / "input"
+    other.mkdir()
+    for name in ("train", "validation"):
+        (other / name).symlink_to(job / name)
+    (other / "job.json").write_text(json.dumps(described))
+    (tmp_path / "agree.py").write_text(AGREE)
+    (tmp_path / "out").mkdir()
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *by, tmp_path / "agree.py", other, tmp_path / "out"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    for rank in (0, 1):
+        moments = json.loads((tmp_path / "out" / f"{rank}.json").read_text())
+        assert len(moments) == 6, "of the attention's layer and of two hidden ones"
+        assert {value for moment in moments for value in moment} == {2.0}, "the mean of 1 and 3"
+
+
 def within_an_epoch(checkpoints: Path) -> bool:
     """Whether the newest checkpoint is of a batch that does not end an epoch of 65."""
     path = checkpoint.latest(checkpoints)
