@@ -28,6 +28,8 @@ from fathom.hardware import hardware
 from fathom.ranker import Ranker
 from fathom.spec import FeatureSpec
 
+#: What is needed of the pipelines; the second fills the feature store, which the first reads.
+NODES = "score_splits,stamp_attributes"
 DEPTH = 10
 _CTR = ("auc", "logloss")
 _RANKING = ("hr_at_10", "ndcg_at_10")
@@ -122,7 +124,7 @@ def run(name: str, params: str) -> None:
     Raises:
         ProtocolError: the run failed; why stands on standard error.
     """
-    command = [sys.executable, "-m", "kedro", "run", "--env", name, "--to-nodes", "score_splits"]
+    command = [sys.executable, "-m", "kedro", "run", "--env", name, "--to-nodes", NODES]
     command += ["--params", params] if params else []
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
         raise ProtocolError(f"'{' '.join(command[1:])}' failed; the reason stands above")

@@ -35,19 +35,19 @@ def write_frappe(folder: Path) -> None:
 
 
 def write_criteo(folder: Path) -> None:
-    """Clicks rise with I1 for the even values of C1 and fall with it for the odd ones."""
+    """Clicks have a chance of 10, 50 or 90 %: I1 above a half and C1 odd each add 40."""
     draw = np.random.default_rng(1)
 
     def rows(count: int) -> npt.NDArray[np.float64]:
         numbers = draw.random((count, 13)).round(6)
         values = draw.integers(0, 30, (count, 26))
-        chance = np.where(values[:, 0] % 2 == 0, numbers[:, 0], 1 - numbers[:, 0])
-        return np.column_stack([draw.random(count) < chance, numbers, values])
+        clicks = draw.random(count) < 0.1 + 0.4 * (numbers[:, 0] > 0.5) + 0.4 * (values[:, 0] % 2)
+        return np.column_stack([clicks, numbers, values])
 
     _write_splits(folder, ["label", *CRITEO], {split: rows(n) for split, n in SPLITS.items()})
 
 
-def write_movielens(folder: Path, ratings: int = 6000) -> None:
+def write_movielens(folder: Path, ratings: int = 4000) -> None:
     """1M's layout: women rate comedies above 3 and other films below, men the other way round."""
     draw = np.random.default_rng(2)
     folder.mkdir(parents=True)

@@ -89,7 +89,7 @@ def test_autoint_learns_what_either_gender_likes(benchmark: Run) -> None:
     assert found["metrics"]["auc"] > 0.9
     sizes = found["sizes"]
     kept = sum(sizes.values())
-    assert kept == pytest.approx(6000 * 0.8, rel=0.05)  # a fifth has 3 stars
+    assert kept == pytest.approx(4000 * 0.8, rel=0.05)  # a fifth has 3 stars
     assert sizes["train"] == int(kept * 0.8)
     assert sizes["test"] == kept - int(kept * 0.9)
     assert found["training"]["model"] == "wide_deep"
@@ -115,10 +115,10 @@ def test_frappe_learns_where_an_app_is_used_and_prints_the_published_rows(benchm
 
 
 @pytest.mark.e2e
-def test_criteo_learns_how_a_category_turns_a_number(benchmark: Run) -> None:
-    """Clicks have the chance x or 1 - x: the best possible AUC is 5/6 in the long run."""
+def test_criteo_learns_from_a_number_and_a_category(benchmark: Run) -> None:
+    """With chances of 10, 50 and 90 %, for a quarter, a half and a quarter, no AUC is above 0.8."""
     found = figures(benchmark("criteo_x1", "--json", "--params", small()))
-    assert 0.7 < found["metrics"]["auc"] < 0.88
+    assert 0.7 < found["metrics"]["auc"] < 0.83  # the test split is a sample, too
     assert found["metrics"]["logloss"] < math.log(2) - 0.05
 
 
@@ -143,7 +143,7 @@ def test_a_broken_line_stops_the_run_and_says_which(project: Project, benchmark:
     path.write_text(before)
     assert done.returncode == 1
     assert f"valid.csv: line {SPLITS['valid'] + 2} ('1,2,3')" in done.stderr
-    assert "protocols: '-m kedro run --env frappe_x1 --to-nodes score_splits' failed" in done.stderr
+    assert "protocols: '-m kedro run --env frappe_x1 --to-nodes score_splits," in done.stderr
 
 
 def lists(labels: list[list[int]], scores: list[list[float]]) -> Predictions:
