@@ -26,7 +26,16 @@ from fathom.spec import FeatureSpec
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Every environment by its path under conf. Whoever adds a deployment adds it here.
-ENVIRONMENTS = ["base", "movielens", "redis", "test"]
+ENVIRONMENTS = [
+    "autoint_movielens",
+    "base",
+    "criteo_x1",
+    "frappe_x1",
+    "leave_one_out",
+    "movielens",
+    "redis",
+    "test",
+]
 
 #: Seconds each to import, so that a plain `kedro` command must do without them.
 HEAVY = ["evidently", "feast", "great_expectations", "sklearn", "torch"]
@@ -66,7 +75,7 @@ def project() -> dict[str, Any]:
 
 def test_every_environment_is_listed_here() -> None:
     assert environments() == ENVIRONMENTS
-    assert len(ENVIRONMENTS) == 4
+    assert len(ENVIRONMENTS) == 8
 
 
 @pytest.mark.parametrize("environment", environments())

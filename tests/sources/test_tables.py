@@ -329,7 +329,15 @@ def test_reserved_names_and_several_faults_are_reported_together(configure: Conf
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
-    [("base", "complete_journey"), ("test", "complete_journey"), ("movielens", "movielens")],
+    [
+        ("base", "complete_journey"),
+        ("test", "complete_journey"),
+        ("movielens", "movielens"),
+        ("autoint_movielens", "autoint_movielens"),
+        ("criteo_x1", "split_files"),
+        ("frappe_x1", "split_files"),
+        ("leave_one_out", "leave_one_out"),
+    ],
 )
 def test_kedro_builds_the_settings_of_every_environment(
     root: Path, environment: str, expected: str
@@ -344,7 +352,8 @@ def test_kedro_builds_the_settings_of_every_environment(
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValidationError, match="'complete_journey', 'movielens', 'tables'"):
+    known = "'complete_journey', 'leave_one_out', 'movielens', 'split_files', 'tables'"
+    with pytest.raises(ValidationError, match=known):
         SourceConfig.model_validate({"type": "netflix"})
 
 

@@ -12,9 +12,12 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, RootModel
 
 from fathom import files
+from fathom.sources.autoint_movielens import AutoIntMovieLens
 from fathom.sources.canonical import PARTITION, UNREADABLE, CanonicalTables, SourceError
 from fathom.sources.complete_journey import CompleteJourney
+from fathom.sources.leave_one_out import LeaveOneOut
 from fathom.sources.movielens import MovieLens
+from fathom.sources.split_files import SplitFiles
 from fathom.sources.tables import Tables
 
 __all__ = [
@@ -31,7 +34,7 @@ __all__ = [
 class SourceConfig(
     RootModel[
         Annotated[
-            CompleteJourney | MovieLens | Tables,
+            AutoIntMovieLens | CompleteJourney | LeaveOneOut | MovieLens | SplitFiles | Tables,
             Field(discriminator="type"),
         ]
     ]

@@ -77,12 +77,15 @@ class MovieLens(Settings):
         paths = [Path(self.path) / file.name for layout in _LAYOUTS for file in layout]
         return [path for path in paths if path.is_file()]
 
-    def read(self) -> CanonicalTables:
+    def read(self, strict: bool = False) -> CanonicalTables:
         """Read the three files.
 
         Keys are ``session_id``, ``user_id`` and ``movie_id``; users have gender, age, occupation
         and zip (age and occupation are codes in 1M, as its README lists them); items have title,
         year and genres.
+
+        Args:
+            strict: a line with another number of fields is a fault, not a row for quarantine.
 
         Raises:
             SourceError: the folder holds neither layout, or only a part of one.
@@ -92,7 +95,7 @@ class MovieLens(Settings):
         connection = connect()
         faults: list[str] = []
         raw = {
-            name: load(connection, table, name, table.names or (), faults)
+            name: load(connection, table, name, table.names or (), faults, strict)
             for name, table in config.raw_tables().items()
         }
         if faults:

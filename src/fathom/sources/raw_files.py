@@ -37,6 +37,7 @@ _SUFFIXES: dict[str, Format] = {
 }
 _COMPRESSED = {".gz", ".zst"}
 _REJECTED_CHARACTERS = 1000  # of a line that is quoted in quarantine
+_QUOTED_LINES, _QUOTED_CHARACTERS = 5, 60  # of those that are quoted in a message
 _WHOLE_LINE = "\x01"  # a delimiter that no text holds, so that a line stays in one piece
 
 
@@ -66,7 +67,12 @@ class RawTable(Settings):
 
 
 def load(
-    connection: Backend, raw: RawTable, name: str, needed: Iterable[str], faults: list[str]
+    connection: Backend,
+    raw: RawTable,
+    name: str,
+    needed: Iterable[str],
+    faults: list[str],
+    strict: bool = False,
 ) -> ir.Table | None:
     """Open the files of one table.
 
@@ -76,6 +82,7 @@ def load(
         name: of the table, for messages.
         needed: raw columns that must be in every file (of JSON lines: on some line).
         faults: what is missing or unreadable is added here, so that all tables report together.
+        strict: a line of a CSV that cannot be read is a fault, not a row for quarantine.
 
     Returns:
         The needed columns, or nothing when there are faults.
@@ -94,7 +101,8 @@ def load(
         )
         return None
     scans: dict[str, type[_Scan]] = {"parquet": _Parquet, "csv": _Csv, "jsonl": _JsonLines}
-    job = scans[str(formats.pop())](connection, raw, name, files, tuple(dict.fromkeys(needed)), [])
+    columns = tuple(dict.fromkeys(needed))
+    job = scans[str(formats.pop())](connection, raw, name, files, columns, [], strict)
     try:
         job.run()
     except duckdb.Error as error:
@@ -135,6 +143,7 @@ class _Scan(ABC):
     files: Sequence[Path]
     needed: tuple[str, ...]
     faults: list[str]
+    strict: bool
 
     @abstractmethod
     def run(self) -> None:
@@ -171,12 +180,29 @@ class _Scan(ABC):
 
     def add_rejects(self) -> None:
         """One row per rejected line; a line may be rejected for several reasons."""
+        if self.strict:
+            self.faults.extend(self._broken_lines())
+            return
         self.connection.raw_sql(
             f"INSERT INTO {self.target} ({UNREADABLE_LINE}) "
             f"SELECT any_value(csv_line)[:{_REJECTED_CHARACTERS}] "
             f"FROM {_quoted(f'rejects_{self.name}')} "
             "GROUP BY scan_id, file_id, line ORDER BY scan_id, file_id, line"
         )
+
+    def _broken_lines(self) -> list[str]:
+        """The first rejected lines in words."""
+        rows = self.connection.con.execute(
+            "SELECT file_path, line, min(error_message), min(csv_line) "
+            f"FROM {_quoted(f'rejects_{self.name}')} "
+            f"JOIN {_quoted(f'rejects_scan_{self.name}')} USING (scan_id, file_id) "
+            f"GROUP BY file_path, line ORDER BY file_path, line LIMIT {_QUOTED_LINES}"
+        ).fetchall()
+        return [
+            f"{self.name}: {path}: line {line} ('{text[:_QUOTED_CHARACTERS]}'): {fault}; "
+            "repair the line, or copy the file anew"
+            for path, line, fault, text in rows
+        ]
 
 
 class _Parquet(_Scan):
