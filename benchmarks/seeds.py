@@ -68,17 +68,12 @@ def measure(data: Path, config: TrainingConfig, seeds: Sequence[int]) -> dict[st
     Raises:
         InputError: the run's files are missing, all named, or are not of one run.
     """
-    missing = [path for path in _NEEDED if not (data / path).exists()]
-    if missing:
-        raise InputError(
-            f"{data} has no {', '.join(missing)}; make a whole run first: kedro run"
-            f"{' --env test' if data.name == 'test' else ''}"
-        )
+    needed(data)
     inputs = data / "05_model_input"
     encoder = Encoder.load(inputs / "encoder")
     splits = {name: Batch.load(inputs / name) for name in ("train", "validation", "test")}
-    shown = _shown(data / "07_model_output/predictions.parquet", encoder.spec, splits["test"])
-    runs = [_run(encoder, splits, shown, dataclasses.replace(config, seed=s)) for s in seeds]
+    rows = shown(data / "07_model_output/predictions.parquet", encoder.spec, splits["test"])
+    runs = [_run(encoder, splits, rows, dataclasses.replace(config, seed=s)) for s in seeds]
     figures = [run.metrics for run in runs]
     return {
         "benchmark": "seeds",
@@ -94,6 +89,16 @@ def measure(data: Path, config: TrainingConfig, seeds: Sequence[int]) -> dict[st
         "hardware": hardware(),
         "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def needed(data: Path, more: Sequence[str] = ()) -> None:
+    """Refuse a folder in which a file of a whole run, or one of ``more``, is missing."""
+    missing = [path for path in (*_NEEDED, *more) if not (data / path).exists()]
+    if missing:
+        raise InputError(
+            f"{data} has no {', '.join(missing)}; make a whole run first: kedro run"
+            f"{' --env test' if data.name == 'test' else ''}"
+        )
 
 
 def paired(
@@ -133,20 +138,20 @@ def paired(
 
 
 def _run(
-    encoder: Encoder, splits: Mapping[str, Batch], shown: Predictions, config: TrainingConfig
+    encoder: Encoder, splits: Mapping[str, Batch], rows: Predictions, config: TrainingConfig
 ) -> Run:
-    """Train with the seed of ``config``; ``shown`` has everything of the test rows but scores."""
+    """Train with the seed of ``config``; ``rows`` has everything of the test rows but scores."""
     started = time.perf_counter()
     task = encoder.spec.task
     trained = train(encoder.layout, splits["train"], splits["validation"], config, task)
     seconds = time.perf_counter() - started
     ranker = Ranker(encoder, trained.model, config)
-    found = metrics(dataclasses.replace(shown, probability=ranker.score_batch(splits["test"])))
+    found = metrics(dataclasses.replace(rows, probability=ranker.score_batch(splits["test"])))
     del found["rows"]
     return Run(config.seed, found, trained.best_epoch, round(seconds, 2))
 
 
-def _shown(path: Path, spec: FeatureSpec, test: Batch) -> Predictions:
+def shown(path: Path, spec: FeatureSpec, test: Batch) -> Predictions:
     """The test rows as the run's evaluation saw them: labels, users, requests."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

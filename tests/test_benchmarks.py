@@ -21,6 +21,7 @@ import pytest
 import fathom
 from fathom.config import TrainingConfig
 from fathom.encoding import fit_encoder
+from fathom.feature_store import to_arrow
 from small_ranker import SPEC, plain_frame
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {"train": range(240), "validation": range(240, 300), "test": range(300, 400)}
     for name, rows in splits.items():
         batch.take(np.array(rows)).save(inputs / name)
+        part = {column: to_arrow(values).take(list(rows)) for column, values in frame.items()}
+        pq.write_table(pa.table(part), inputs / f"{name}.parquet")
     shown = {name: frame[name][240:].tolist() for name in ("user_id", "item_id", "bought")}
     shown["request_id"] = [f"r{row // 5}" for row in range(160)]
     shown["split"] = ["validation"] * 60 + ["test"] * 100
@@ -186,3 +189,52 @@ def test_features_needs_a_week_before_the_last() -> None:
     )
     assert done.returncode == 2
     assert "--weeks [1], --rows 50000: 2 weeks and 100 rows at least" in done.stderr
+
+
+# -- wide_parts.py -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_parts(seeds: ModuleType) -> ModuleType:
+    """``benchmarks/wide_parts.py``, which stands beside ``seeds.py``."""
+    return importlib.import_module("wide_parts")
+
+
+def test_wide_parts_are_the_specs_none_all_pairs_and_what_the_search_chose(
+    wide_parts: ModuleType, tmp_path: Path
+) -> None:
+    chosen = tmp_path / "chosen.yml"
+
+    def parts() -> dict[str, Any]:
+        return {part.name: part for part in wide_parts.wide_parts(SPEC, chosen)}
+
+    assert list(parts()) == ["the spec's", "the spec's, no L1", "none (deep)", "all pairs"]
+    chosen.write_text("features:\n  crosses: [] # none is sure to gain\n")
+    assert "cross_search's" not in parts(), "it chose none, which is trained already"
+    chosen.write_text("features:\n  crosses:\n  - {columns: [city, genre], min_count: 3}\n")
+    found = parts()
+    assert found["the spec's"].crosses == SPEC.crosses
+    assert [cross.name for cross in found["cross_search's"].crosses] == ["city×genre"]
+    assert (found["none (deep)"].crosses, found["none (deep)"].settings) == ((), {"model": "deep"})
+    ids = [column for column in SPEC.columns if not column.is_numeric]
+    assert len(found["all pairs"].crosses) == len(ids) * (len(ids) - 1) // 2
+
+
+def test_wide_parts_trains_and_measures_each(wide_parts: ModuleType, data: Path) -> None:
+    config = TrainingConfig(hidden=(4,), epochs=1, batch_size=64, wide_l1=3.0)
+    figures = wide_parts.measure(data, config, range(2))
+    assert figures["sizes"] == {"train": 240, "validation": 60, "test": 100}
+    rows = {row["name"]: row for row in figures["wide_parts"]}
+    own, free, none, pairs = rows.values()
+    assert none["crosses"] == [] and none["wide_nonzero"] == 0
+    assert pairs["wide_rows"] > own["wide_rows"] == free["wide_rows"]
+    assert free["wide_nonzero"] > own["wide_nonzero"], "L1 makes zeros"
+    assert own["logloss_difference"]["difference"] == 0.0
+    printed = wide_parts.table(figures).splitlines()
+    assert printed[1].startswith("the spec's")
+    assert f"{pairs['logloss_difference']['difference']:+.5f}" in printed[4]
+
+
+def test_wide_parts_names_what_is_missing(wide_parts: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"05_model_input/train\.parquet, .*: kedro run$"):
+        wide_parts.measure(tmp_path, TrainingConfig(), range(2))
