@@ -214,7 +214,7 @@ def test_wide_parts_are_the_specs_none_all_pairs_and_what_the_search_chose(
     chosen.write_text("features:\n  crosses:\n  - {columns: [city, genre], min_count: 3}\n")
     found = parts()
     assert found["the spec's"].crosses == SPEC.crosses
-    assert [cross.name for cross in found["cross_search's"].crosses] == ["city×genre"]
+    assert [cross.name for cross in found["cross_search's"].crosses] == ["city_x_genre"]
     assert (found["none (deep)"].crosses, found["none (deep)"].settings) == ((), {"model": "deep"})
     ids = [column for column in SPEC.columns if not column.is_numeric]
     assert len(found["all pairs"].crosses) == len(ids) * (len(ids) - 1) // 2
