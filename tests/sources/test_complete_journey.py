@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,21 @@ def raw(tables: CanonicalTables) -> Iterator[Raw]:
     raw.connection.close()
 
 
-def test_a_week_arrives_when_it_ends_in_new_york(exposures: list[dict[str, Any]]) -> None:
-    """Monday 00:00 in New York is 05:00 UTC in winter and 04:00 UTC in summer."""
-    ends = {row["partition"]: row["arrival_timestamp"] for row in exposures}
+def test_a_purchase_arrives_at_the_next_midnight_in_new_york(
+    exposures: list[dict[str, Any]],
+) -> None:
+    """Midnight in New York is 05:00 UTC in winter and 04:00 UTC in summer."""
+    longest = timedelta(days=1, hours=1)  # the day on which the clocks go back
+    for row in exposures:
+        bought, known = row["event_timestamp"], row["arrival_timestamp"]
+        summer = datetime(2017, 3, 12, 5) < known <= datetime(2017, 11, 5, 4)
+        assert known.time() == time(4 if summer else 5)
+        assert bought < known <= bought + longest
+
+
+def test_a_week_can_arrive_when_it_ends_in_new_york() -> None:
+    weekly = slice_of(household_share=0.05, arrival="weekly").exposures.to_pyarrow().to_pylist()
+    ends = {row["partition"]: row["arrival_timestamp"] for row in weekly}
     assert ends["2017-W02"] == datetime(2017, 1, 9, 5)
     assert ends["2017-W10"] == datetime(2017, 3, 6, 5)
     assert ends["2017-W11"] == datetime(2017, 3, 13, 4)  # clocks went forward on 12 March
@@ -76,7 +88,7 @@ def test_a_week_arrives_when_it_ends_in_new_york(exposures: list[dict[str, Any]]
     assert ends["2017-W45"] == datetime(2017, 11, 6, 5)  # and back on 5 November
     assert ends["2017-W53"] == datetime(2018, 1, 1, 5)
     longest = timedelta(days=7, hours=1)  # the week in which the clocks go back
-    for row in exposures:
+    for row in weekly:
         assert row["arrival_timestamp"] - longest <= row["event_timestamp"]
         assert row["event_timestamp"] < row["arrival_timestamp"]
 

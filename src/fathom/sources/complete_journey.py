@@ -9,7 +9,8 @@ a household's visit was shown to that household, and the label says whether the 
 The log of purchases holds the positives. For each of them, ``negatives_per_positive`` products are
 drawn from the promotions of the same store and week, and dropped where the basket has them.
 
-Purchases reach the warehouse at the end of the retailer's week, Monday 00:00 in New York.
+The data set does not say when purchases reach the warehouse. Here they arrive every night, at 00:00
+in New York; with ``arrival: weekly`` at the end of the retailer's week, Monday 00:00.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import Field
 from fathom.sources import raw_files
 from fathom.sources.canonical import CanonicalTables, Settings, SourceError, connect, store
 from fathom.sources.sampling import draw, uniform
-from fathom.sources.times import utc
+from fathom.sources.times import utc, wall_clock
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -79,6 +80,7 @@ class CompleteJourney(Settings):
         household_share: share of the households that is read; a household is in every larger
             share too, with the same draws.
         last_week: last of the retailer's 53 weeks that is read.
+        arrival: when purchases become known: the midnight after them, or that before Monday.
     """
 
     type: Literal["complete_journey"] = "complete_journey"
@@ -86,6 +88,7 @@ class CompleteJourney(Settings):
     seed: int = Field(default=0, ge=0)
     household_share: float = Field(default=1.0, gt=0, le=1)
     last_week: int = Field(default=53, ge=1, le=53)
+    arrival: Literal["nightly", "weekly"] = "nightly"
 
     def files(self) -> list[Path]:
         """The package's files that there are to read; `read` names those that are missing."""
@@ -141,16 +144,18 @@ def _open(connection: Backend) -> dict[str, ir.Table]:
 
 
 def _lines(transactions: ir.Table, config: CompleteJourney) -> ir.Table:
-    """The purchase lines of the slice, with the end of the retailer's week."""
+    """The purchase lines of the slice, with the moment at which they are known."""
     import ibis
 
     lines = transactions.filter(transactions.week <= config.last_week)
     if config.household_share < 1:
         lines = lines.filter(uniform(lines.household_id) < config.household_share)
-    end_of_week = ibis.timestamp(_FIRST_MONDAY) + ((lines.week - 1) * 7).as_interval("D")
-    return lines.mutate(
-        event_timestamp=lines.transaction_timestamp, arrival_timestamp=utc(end_of_week, _ZONE)
-    )
+    bought = lines.transaction_timestamp
+    if config.arrival == "nightly":
+        known = wall_clock(bought, _ZONE).truncate("D") + ibis.interval(days=1)
+    else:
+        known = ibis.timestamp(_FIRST_MONDAY) + ((lines.week - 1) * 7).as_interval("D")
+    return lines.mutate(event_timestamp=bought, arrival_timestamp=utc(known, _ZONE))
 
 
 def _exposures(

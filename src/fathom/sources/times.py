@@ -99,6 +99,12 @@ def utc(moment: Any, zone: str) -> Any:
     return naive_utc(builtin("timezone", ("string", "timestamp"), _AWARE)(zone, moment))
 
 
+def wall_clock(moment: Any, zone: str) -> Any:
+    """A timestamp column of naive UTC as naive wall-clock time of ``zone``; undoes `utc`."""
+    aware = builtin("timezone", ("string", "timestamp"), _AWARE)("UTC", moment)
+    return builtin("timezone", ("string", _AWARE), "timestamp")(zone, aware)
+
+
 def naive_utc(moment: Any) -> Any:
     """A timestamp column with a time zone as naive UTC."""
     return builtin("timezone", ("string", _AWARE), "timestamp")("UTC", moment)
