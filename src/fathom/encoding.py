@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class FrameError(ValueError):
 # -- hashing and crosses -------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1 << 18)
 def hash_value(value: str) -> int:
     """A 64-bit hash that is the same in every process and on every machine; never 0."""
     # JSON can carry half of a surrogate pair; it is an unknown value like any other.
@@ -249,7 +251,7 @@ def with_ratios(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:
             of = np.nan_to_num(np.asarray(frame[column.ratio.of], np.float64))
             to = np.nan_to_num(np.asarray(frame[column.ratio.to], np.float64))
             divisor = to + column.ratio.plus
-            missing = np.full(len(of), np.nan)
+            missing = np.full(np.broadcast_shapes(of.shape, to.shape), np.nan)
             ratio = np.divide(of, divisor, out=missing, where=divisor != 0)
             completed[column.name] = ratio.astype(np.float32)
     return completed
@@ -302,7 +304,7 @@ class Vocabulary:
     def ids(self, values: NDArray[Any]) -> IntArray:
         """Ids of values, shape kept."""
         get = self._ids.get
-        return np.fromiter((get(v, UNKNOWN) for v in values.tolist()), np.int32, len(values))
+        return np.array([get(value, UNKNOWN) for value in values.tolist()], np.int32)
 
 
 @dataclass(frozen=True)
@@ -326,11 +328,16 @@ class Scaler:
 
     def scale(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Distribution values in [0, 1], shape kept; 0 for NaN."""
-        positions = np.linspace(0, 1, len(self.quantiles)) if len(self.quantiles) > 1 else [0.5]
         numbers = np.asarray(values, np.float64)
+        scaled = np.interp(numbers, self.quantiles, self._positions).astype(np.float32)
         # One quantile alone makes interp give its position for NaN too.
-        scaled = np.where(np.isnan(numbers), 0, np.interp(numbers, self.quantiles, positions))
-        return scaled.astype(np.float32)
+        scaled[np.isnan(numbers)] = 0
+        return scaled
+
+    @cached_property
+    def _positions(self) -> NDArray[np.float64]:
+        count = len(self.quantiles)
+        return np.linspace(0, 1, count) if count > 1 else np.array([0.5])
 
 
 @dataclass(frozen=True)
@@ -395,8 +402,8 @@ class Encoder:
         """Sizes for the model."""
         spec = self.spec
         tables = {name: (self.tables[name].rows, width) for name, (width, _) in spec.tables.items()}
-        table_of = {c.name: name for name, (_, cs) in spec.tables.items() for c in cs}
-        slots = self._wide_slots()
+        table_of = self.table_of
+        slots = self.slots
         single, bags = self._deep(bags=False), self._deep(bags=True)
         names = [c.name for c in single]
         columns = (*names, *(c.name for c in bags), *self._numeric_inputs)
@@ -432,11 +439,11 @@ class Encoder:
             if name in old.tables
         }
         starts, start = {}, 0
-        for name, rows, _ in old._wide_slots():
+        for name, rows, _ in old.slots:
             starts[name] = start
             start += rows
         slots = []
-        for name, rows, _ in self._wide_slots():
+        for name, rows, _ in self.slots:
             mine, other = (side.wide.get(name) for side in (self, old))
             if mine is not None and other is not None:
                 places = _carried(mine.values, other.values)
@@ -451,7 +458,7 @@ class Encoder:
     @property
     def wide_slots(self) -> tuple[str, ...]:
         """Names of the wide part's slots, in the order of `Layout.wide_slots`."""
-        return tuple(name for name, _, _ in self._wide_slots())
+        return tuple(name for name, _, _ in self.slots)
 
     def encode(self, frame: Frame) -> Batch:
         """Model inputs for N rows; label and weight are set when the frame holds what gives them.
@@ -467,7 +474,7 @@ class Encoder:
             values = _flat(frame[column.name])
             numeric[:, 2 * i] = self.scalers[column.name].scale(values)
             numeric[:, 2 * i + 1] = np.isnan(values)
-        table_of = {c.name: name for name, (_, cs) in self.spec.tables.items() for c in cs}
+        table_of = self.table_of
 
         def deep(column: Column) -> IntArray:
             return self.tables[table_of[column.name]].ids(_flat(frame[column.name]))
@@ -497,7 +504,7 @@ class Encoder:
         bags: list[Ragged] = []
         start = 0
         by_name = {cross.name: cross for cross in self.spec.crosses}
-        for name, rows, bag in self._wide_slots():
+        for name, rows, bag in self.slots:
             if name in by_name:
                 for part in by_name[name].columns:
                     if part not in hashed:
@@ -526,7 +533,7 @@ class Encoder:
         """One example of which nothing is known: every value is missing, every list empty."""
         none = np.zeros(2, np.int64)
         bags = len(self._deep(bags=True))
-        slots = self._wide_slots()
+        slots = self.slots
         starts = np.cumsum([0, *(rows for _, rows, _ in slots)])[:-1].astype(np.int32)
         single = sum(not bag for _, _, bag in slots)
         empty = Ragged(np.zeros(0, np.int32), none)
@@ -545,8 +552,14 @@ class Encoder:
         columns = [c for c in self.spec.columns if not c.is_numeric and c.deep]
         return [c for c in columns if (c.kind != "categorical") == bags]
 
-    def _wide_slots(self) -> list[tuple[str, int, bool]]:
-        """(name, rows, is a bag) of each slot, single-valued ones first."""
+    @cached_property
+    def table_of(self) -> dict[str, str]:
+        """The embedding table of each column that has one."""
+        return {c.name: name for name, (_, cs) in self.spec.tables.items() for c in cs}
+
+    @cached_property
+    def slots(self) -> list[tuple[str, int, bool]]:
+        """(name, rows, is a bag) of each wide slot, single-valued ones first."""
         kinds = {column.name: column.kind for column in self.spec.columns}
 
         def bag(*names: str) -> bool:

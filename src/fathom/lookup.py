@@ -8,7 +8,7 @@ Legend: N rows asked for, R rows held.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,3 +161,8 @@ def spread(values: Values, count: int) -> Values:
         offsets = np.arange(count + 1, dtype=np.int64) * len(values.values)
         return Ragged(np.tile(values.values, count), offsets)
     return np.repeat(values, count)
+
+
+def spread_frame(columns: Mapping[str, Values], count: int) -> dict[str, Values]:
+    """Columns of ``count`` rows each, from as many or from one for all."""
+    return {name: spread(values, count) for name, values in columns.items()}

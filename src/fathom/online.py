@@ -23,7 +23,7 @@ from fathom.batch import Ragged
 from fathom.encoding import Values, complete, expire, with_ratios
 from fathom.feature_store import FeatureRepo
 from fathom.features import is_packable, packed_name, stored_fields
-from fathom.lookup import Numbers, places_among, spread
+from fathom.lookup import Numbers, places_among, spread_frame
 from fathom.online_tables import (
     KeyedTable,
     Tables,
@@ -121,6 +121,17 @@ class OnlineFeatures:
         candidates: Sequence[Mapping[str, Any]],
         moment: datetime,
     ) -> tuple[dict[str, Values], Known]:
+        """`compact`, as a frame of N rows."""
+        found, known = self.compact(user, context, candidates, moment)
+        return spread_frame(found, len(candidates)), known
+
+    def compact(
+        self,
+        user: str,
+        context: Mapping[str, Any],
+        candidates: Sequence[Mapping[str, Any]],
+        moment: datetime,
+    ) -> tuple[dict[str, Values], Known]:
         """Every column of the spec for each candidate.
 
         Args:
@@ -129,7 +140,8 @@ class OnlineFeatures:
             moment: of the exposure; with a time zone, or taken as UTC.
 
         Returns:
-            A frame of N rows in the candidates' order, and what was known.
+            Columns of N rows in the candidates' order, or of one row for all of them; and what was
+            known.
         """
         tables, degraded = self._tables, False
         try:
@@ -223,8 +235,8 @@ class _Request:
         self.frame: dict[str, Values] = {}
         self.expired = 0
         self.known_items = np.zeros(count, np.bool_)
-        self._plan, self._spec, self._tables, self._count = plan, plan.spec, tables, count
-        self._now = now
+        self._plan, self._spec, self._tables = plan, plan.spec, tables
+        self._now: dict[str, Values] = {EVENT_TIMESTAMP: np.full(1, now, "datetime64[us]")}
         # Of each key: the candidates' values, their codes, and both as a dictionary.
         self._values: dict[str, Sequence[Any]] = {}
         self._codes: dict[str, Numbers] = {}
@@ -246,11 +258,11 @@ class _Request:
         for name in self._tables.codes:
             if name in values:
                 self._number(name, values[name])
-        self._add(complete(frame | self._moments(1), self._plan.context_part))
+        self.frame |= complete(frame | self._now, self._plan.context_part)
 
     def add_user(self, user: str, rows: Mapping[str, Row]) -> None:
         """The user's key, attributes and aggregates."""
-        spec, frame = self._spec, self._moments(1)
+        spec, frame = self._spec, dict(self._now)
         for view in self._plan.own:
             values = rows[view].values if view in rows else {}
             for name, column in self._plan.fields[view].items():
@@ -260,9 +272,9 @@ class _Request:
         for name in self._tables.codes:
             if name in frame:
                 self._number(name, np.asarray(frame[name]).tolist())
-        self._add(complete(frame, self._plan.own_part))
+        self.frame |= complete(frame, self._plan.own_part)
         if spec.entities.user in spec.by_name:
-            self.frame[spec.entities.user] = np.full(self._count, user, object)
+            self.frame[spec.entities.user] = np.full(1, user, object)
 
     def add_tables(self, items: list[Any]) -> None:
         """Attributes of the items and everything else that is held in memory."""
@@ -270,7 +282,7 @@ class _Request:
         self._number(key, items)
         if key in self._spec.by_name:
             self.frame[key] = _column(self._spec.by_name[key], items)
-        ageing: dict[str, Values] = self._moments(self._count)
+        ageing = dict(self._now)
         for view, by in self._plan.tables.items():
             table = self._tables.views[view]
             rows = table.index.find([self._codes[name] for name in by])
@@ -279,15 +291,15 @@ class _Request:
             rows = self._without_old(view, table, rows)
             for columns, target in ((table.columns, self.frame), (table.ageing, ageing)):
                 for name, values in columns.items():
-                    target[name] = spread(values.take(rows), self._count)
+                    target[name] = values.take(rows)
             for name, codes in table.keys.items():
                 self._codes[name] = codes.take(rows)
                 self._values[name] = np.asarray(self.frame[name]).tolist()
-        self._add(complete(ageing, self._plan.ageing_part))
+        self.frame |= complete(ageing, self._plan.ageing_part)
 
     def add_packed(self, rows: Mapping[str, Row]) -> None:
         """Aggregates by user and other keys, found in the user's rows."""
-        frame = self._moments(self._count)
+        frame = dict(self._now)
         for view, others in self._plan.packed.items():
             row = rows.get(packed_name(view))
             values = row.values if row else {}
@@ -300,10 +312,10 @@ class _Request:
                 else:
                     found = held.take(places, mode="clip").astype(np.float64)
                     found[absent] = np.nan
-                frame[name] = spread(found, self._count)
+                frame[name] = found
         frame, expired = expire(frame, self._spec, self._plan.packed)
         self.expired += expired
-        self._add(complete(frame, self._plan.packed_part))
+        self.frame |= complete(frame, self._plan.packed_part)
 
     def _places(self, others: Sequence[str], entries: Sequence[list[Any]]) -> Numbers:
         """Where each candidate's keys stand among a user's entries; −1 if they do not."""
@@ -323,7 +335,7 @@ class _Request:
         age = self._spec.max_age(view)
         if age is None or table.stamps is None:
             return rows
-        now = self._now.astype(np.float64)
+        now = np.asarray(self._now[EVENT_TIMESTAMP]).astype(np.float64)
         old = now - table.stamps.take(rows) > age / _MICROSECOND
         self.expired += int(old.sum())
         return np.where(old, table.index.missing, rows)
@@ -331,13 +343,6 @@ class _Request:
     def _number(self, key: str, values: Sequence[Any]) -> None:
         self._values[key] = values
         self._codes[key] = self._tables.codes[key].of(values, self._new[key])
-
-    def _moments(self, count: int) -> dict[str, Values]:
-        return {EVENT_TIMESTAMP: np.full(count, self._now, "datetime64[us]")}
-
-    def _add(self, columns: Mapping[str, Values]) -> None:
-        for name, values in columns.items():
-            self.frame[name] = spread(values, self._count)
 
 
 def _column(column: Column | None, values: Sequence[Any]) -> Values:

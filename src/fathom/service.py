@@ -24,6 +24,7 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from starlette.routing import Route
 
 from fathom import api
 from fathom.batch import Ragged
+from fathom.lookup import spread_frame
 from fathom.metrics import metrics
 from fathom.serving import OnlineStore, ServingConfig
 from fathom.spec import Column, FeatureSpec
@@ -63,11 +65,13 @@ class Ranking:
     def __init__(
         self, folder: Path, feature_store: str | None, config: ServingConfig | None = None
     ) -> None:
+        from fathom.fast import FastScorer
         from fathom.ranker import Ranker, verify
 
         config = config or ServingConfig()
         self.version = verify(folder)
         self.ranker = Ranker.load(folder)
+        self.scorer = FastScorer(self.ranker)
         self.store = OnlineStore(feature_store, self.ranker.spec, config)
         self.log = self._feature_log(config)
         self.thread = ThreadPoolExecutor(1, "scoring")
@@ -100,7 +104,7 @@ class Ranking:
         """Score rows of raw features."""
         rows = api.parse(api.PredictRequest, body).rows
         frame = _frame(rows, self.ranker.spec, "rows[{}]")
-        _bound_crosses(frame, self.ranker.spec)
+        _bound_crosses(frame, self.ranker.spec, len(rows))
         return {"probabilities": self.ranker.score(frame).tolist()}
 
     def rank(self, body: bytes, request_id: str) -> Answer:
@@ -113,9 +117,10 @@ class Ranking:
         if faults:
             raise api.refused(faults)
         features = self.store.require()
-        frame, known = features.frame(request.user, request.context, candidates, moment)
-        _bound_crosses(frame, spec)
-        probabilities = self.ranker.score(frame)
+        count = len(candidates)
+        columns, known = features.compact(request.user, request.context, candidates, moment)
+        _bound_crosses(columns, spec, count)
+        probabilities = self.scorer.score(columns, count)
         order = np.argsort(-probabilities, kind="stable").tolist()
         scores = probabilities.tolist()
         key = spec.entities.item
@@ -123,13 +128,14 @@ class Ranking:
             {"item": candidates[i][key], "probability": scores[i]} for i in order
         ]
         if request.explain:
-            parts = self.ranker.explain(frame)
+            parts = self.ranker.explain(spread_frame(columns, count))
             for item, i in zip(items, order, strict=True):
                 item["explanation"] = _explanation({n: float(p[i]) for n, p in parts.items()})
         if self.log is not None:
             from fathom.feature_log import Served
 
             keys = [candidate[key] for candidate in candidates]
+            frame = spread_frame(columns, count)
             self.log.put(
                 Served(request_id, request.user, keys, moment, frame, known, probabilities)
             )
@@ -359,12 +365,13 @@ def _frame(rows: Sequence[Mapping[str, Any]], spec: FeatureSpec, place: str) -> 
     raise api.refused(faults)
 
 
-def _bound_crosses(frame: Mapping[str, Values], spec: FeatureSpec) -> None:
+def _bound_crosses(columns: Mapping[str, Values], spec: FeatureSpec, count: int) -> None:
     """Refuse what would make too many combinations in a cross of several lists."""
     for cross in spec.crosses:
-        lists = {name: part for name in cross.columns if isinstance(part := frame[name], Ragged)}
+        lists = {name: part for name in cross.columns if isinstance(part := columns[name], Ragged)}
         if len(lists) > 1:
-            made = int(np.prod([part.lengths for part in lists.values()], axis=0).sum())
+            by_row = reduce(np.multiply, (part.lengths for part in lists.values()))
+            made = int(by_row.sum()) * (count if len(by_row) == 1 else 1)
             if made > api.MAX_COMBINATIONS:
                 fault = (
                     f"make {made:,} combinations; at most {api.MAX_COMBINATIONS:,} are allowed, "
