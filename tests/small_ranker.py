@@ -194,10 +194,10 @@ def plain_frame(rows: int = 400) -> dict[str, Any]:
     return with_ratios(frame, SPEC)
 
 
-def register(folder: Path) -> Artifact:
+def register(folder: Path, model: str = "wide_deep") -> Artifact:
     """Train, and save the artifact with golden requests below a folder."""
     frame = plain_frame()
-    config = TrainingConfig(hidden=(8,), epochs=2, batch_size=64)
+    config = TrainingConfig(model=model, hidden=(8,), epochs=2, batch_size=64)
     encoder = fit_encoder(frame, SPEC)
     batch = encoder.encode(frame)
     training, validation = np.split(np.arange(len(batch)), [len(batch) * 4 // 5])

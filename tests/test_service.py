@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -510,7 +511,119 @@ def test_an_explanation_sums_to_the_logit(ranking: TestClient, artifact: Artifac
         logit = parts["bias"] + parts["deep"] + sum(parts["wide"].values())
         assert logit == pytest.approx(parts["logit"], abs=1e-12)
         assert 1 / (1 + np.exp(-logit)) == pytest.approx(item["probability"], abs=TOLERANCE)
-    assert "explanation" not in ranking.post("/rank", json=rank()).json()["items"][0]
+        exact = parts["bias"] + parts["deep"] + sum(term["logit"] for term in parts["terms"])
+        assert exact == pytest.approx(parts["logit"], abs=1e-12)
+    assert set(ranking.post("/rank", json=rank()).json()["items"][0]) == {"item", "probability"}
+
+
+def test_terms_are_named_by_what_the_feature_store_knows(ranking: TestClient) -> None:
+    """u2 bought nothing but tea of late, which odd items are."""
+    items = ranking.post("/rank", json=rank(explain=True)).json()["items"]
+    terms = {item["item"]: item["explanation"]["terms"] for item in items}
+    for item, genre in (("i1", "tea"), ("i2", "coffee")):
+        of = {term["feature"]: term for term in terms[item]}
+        assert of["user_id_x_genre"]["values"] == {"user_id": "u2", "genre": genre}
+        assert of["user_id_x_genre"]["weight_of"] == "values"
+        assert of["recent_genres_x_genre"]["values"] == {"recent_genres": "tea", "genre": genre}
+    assert [abs(t["logit"]) for t in terms["i1"]] == sorted(
+        (abs(t["logit"]) for t in terms["i1"]), reverse=True
+    )
+
+
+def test_more_terms_than_an_answer_may_have_are_refused(
+    ranking: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MAX_TERMS", 20)
+    assert faults(ranking.post("/rank", json=rank(explain=True, candidates=["i1"] * 20))) == {
+        "explain": "is true, which makes up to 180 terms; at most 20 are allowed, so rank without "
+        "it, then ask again for the first candidates alone"
+    }
+    assert ranking.post("/rank", json=rank(candidates=["i1"] * 20)).status_code == 200
+    assert ranking.post("/rank", json=rank(explain=True, candidates=["i1"])).status_code == 200
+
+
+def test_attributions_are_the_artifacts_and_sum_to_the_deep_logit(
+    ranking: TestClient, artifact: Artifact, opened: OnlineStore
+) -> None:
+    answer = ranking.post("/rank", json=rank(attribute=True, explain=True)).json()
+    assert api.RankAnswer.model_validate(answer).items[0].attribution
+    items = {item["item"]: item for item in answer["items"]}
+    candidates = [{"item_id": item} for item in items]
+    frame, _ = opened.require().frame("u2", CONTEXT, candidates, datetime.fromisoformat(MOMENT))
+    shares = artifact.ranker.attribute(frame)
+    for i, item in enumerate(items.values()):
+        found = item["attribution"]
+        assert found["deep"] == item["explanation"]["deep"]
+        total = found["baseline"] + sum(found["shares"].values())
+        assert total == pytest.approx(found["deep"], abs=0.02 * abs(found["deep"]) + 1e-4)
+        expected = {name: share[i] for name, share in shares.items() if name != "baseline"}
+        assert found["shares"] == pytest.approx(expected, abs=1e-5)
+    alone = ranking.post("/rank", json=rank(attribute=True)).json()["items"][0]
+    assert set(alone) == {"item", "probability", "attribution"}
+
+
+def test_more_candidates_than_can_be_attributed_are_refused(ranking: TestClient) -> None:
+    most = api.MAX_ATTRIBUTED
+    many = rank(attribute=True, candidates=["i1"] * (most + 1), timestamp="soon")
+    found = faults(ranking.post("/rank", json=many))
+    assert set(found) == {"attribute", "timestamp"}
+    assert found["attribute"] == (
+        "is true, for 101 candidates; at most 100 can be attributed at once, so rank without it, "
+        "then ask again for the first candidates alone"
+    )
+    answer = ranking.post("/rank", json=rank(attribute=True, candidates=["i1"] * most))
+    assert answer.status_code == 200
+    assert len(answer.json()["items"]) == most
+
+
+def test_a_model_without_a_deep_part_has_nothing_to_attribute(
+    opened: OnlineStore, tmp_path: Path
+) -> None:
+    wide = register(tmp_path, model="wide")
+    ranking = Ranking(wide.folder, None)
+    ranking.store = opened
+    with pytest.raises(api.RefusedError) as refusal:
+        ranking.rank(json.dumps(rank(attribute=True)).encode(), "a")
+    assert refusal.value.status == 400
+    assert refusal.value.faults == [
+        {
+            "field": "attribute",
+            "fault": "is true, but the model, wide, has no deep part; leave it out: all of its "
+            "terms are exact, and 'explain' names them",
+        }
+    ]
+    answer = ranking.rank(json.dumps(rank(explain=True)).encode(), "b")
+    assert {item["explanation"]["deep"] for item in answer["items"]} == {0.0}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_attribution_needs_is_loaded_in_the_background_before_rank_is_ready(
+    artifact: Artifact,
+    repo: FeatureRepo,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails: bool,
+) -> None:
+    """On the scoring thread, on the first request, it would hold all others up for seconds."""
+    loaded = []
+
+    def load() -> None:
+        loaded.append(threading.current_thread())
+        if fails:
+            raise ImportError("no Captum here")
+
+    monkeypatch.setattr("fathom.attribution.load", load)
+    Ranking(artifact.folder, None).close()
+    assert loaded == []  # what cannot rank is not asked
+    settings = json.dumps({"root": str(repo.root), **repo.config.model_dump()})
+    ranking = Ranking(artifact.folder, settings)
+    try:
+        wait_until("ready", ranking.store)
+    finally:
+        ranking.close()
+    assert len(loaded) == 1
+    assert loaded[0] is not threading.current_thread()
+    assert ("no Captum here" in caplog.text) == fails
 
 
 def test_the_moment_of_a_request_is_now_unless_it_is_given(ranking: TestClient) -> None:
@@ -563,6 +676,7 @@ def test_the_moment_of_a_request_is_now_unless_it_is_given(ranking: TestClient) 
         ({"timestamp": "1969-12-31"}, "timestamp", "must be from 1970-01-01 to before 2200-01-01"),
         ({"timestamp": "0001-01-01T00:00+14:00"}, "timestamp", "must be"),
         ({"explain": "yes"}, "explain", "is 'yes'; it must be true or false"),
+        ({"attribute": 1}, "attribute", "is 1; it must be true or false"),
         ({"k": 3}, "k", "is 3, but this request has no such field; remove it"),
     ],
 )
@@ -612,6 +726,7 @@ def test_model_says_what_is_served(client: TestClient, artifact: Artifact) -> No
     assert (columns["genre_share"]["owner"], columns["genre_share"]["source"]) == ("user", "ratio")
     assert answer.crosses == [cross.name for cross in SPEC.crosses]
     assert answer.limits["candidates"] == 10_000
+    assert answer.limits["attributed"] == 100
 
 
 def test_wrong_methods_and_paths(client: TestClient) -> None:
@@ -652,7 +767,13 @@ def test_the_openapi_document_is_true(ranking: TestClient, artifact: Artifact) -
         check(answered.rpartition("/")[2], response.json())
         asked[path] = response.json()
     assert asked["/rank"]["user_known"]
-    check("RankAnswer", ranking.post("/rank", json=rank(explain=True)).json())
+    accounted = rank(explain=True, attribute=True)
+    check("RankRequest", accounted)
+    check("RankAnswer", ranking.post("/rank", json=accounted).json())
+    terms = ranking.post("/rank", json=accounted).json()["items"][0]["explanation"]["terms"]
+    assert terms
+    with pytest.raises(JsonFault, match="'logit' is a required property"):
+        check("Term", {name: value for name, value in terms[0].items() if name != "logit"})
     check("ErrorAnswer", ranking.post("/rank", json={}).json())
     for path in ("/livez", "/readyz", "/healthz"):
         assert path in document["paths"]

@@ -351,7 +351,7 @@ def test_scoring_in_bounded_chunks_equals_scoring_at_once(joint):
 
     assert sum(sizes) == 20_000
     assert max(sizes) <= 8192
-    assert chunked.dtype == np.float32
+    assert chunked.dtype == np.float64
     np.testing.assert_allclose(chunked, at_once, rtol=0, atol=1e-6)
 
 

@@ -32,6 +32,11 @@ BASELINE = "baseline"
 _ROWS = 16_384
 
 
+def load() -> None:
+    """Import Captum, which takes seconds, before `attribute` is first called."""
+    import captum.attr  # noqa: F401
+
+
 def attribute(
     model: Model, batch: Batch, nothing: Batch, steps: int = 64
 ) -> dict[str, NDArray[np.float64]]:

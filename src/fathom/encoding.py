@@ -122,10 +122,8 @@ def cross_keys(parts: Sequence[Keys | Ragged]) -> Keys | Ragged:
     for part in parts:
         if isinstance(part, Ragged):
             single = False
-            lengths = part.lengths[rows]
-            ends = np.cumsum(lengths)
-            within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-            chosen = part.values[np.repeat(part.offsets[rows], lengths) + within]
+            lengths, places = value_places(part, rows)
+            chosen = part.values[places]
             keys, rows = np.repeat(keys, lengths), np.repeat(rows, lengths)
         else:
             chosen = part[rows]
@@ -136,6 +134,16 @@ def cross_keys(parts: Sequence[Keys | Ragged]) -> Keys | Ragged:
     kept = keys != _NOTHING
     lengths = np.bincount(rows[kept], minlength=count)
     return Ragged(keys[kept], np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+
+
+def value_places(
+    part: Ragged, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many values each of some rows has, (K,), and where in ``part.values`` they all are."""
+    lengths = part.lengths[rows]
+    ends = np.cumsum(lengths)
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    return lengths, np.repeat(part.offsets[rows], lengths) + within
 
 
 def _mix(keys: Keys) -> Keys:

@@ -36,6 +36,7 @@ from fathom.config import TrainingConfig
 from fathom.encoding import FIRST_KNOWN, Encoder, Frame, Values, with_ratios
 from fathom.models import Inputs, Model, build, score
 from fathom.spec import FeatureSpec
+from fathom.terms import Term, terms
 
 MANIFEST = "manifest.json"
 #: How far a reloaded or served probability may be from the one at training time.
@@ -106,7 +107,7 @@ class Ranker:
 
     def score_batch(self, batch: Batch) -> NDArray[np.float64]:
         """`score` of examples that its encoder has encoded already."""
-        logits = score(self.model, batch).astype(np.float64)
+        logits = score(self.model, batch)
         return sigmoid(logits) if self.spec.task == "binary" else logits
 
     @torch.no_grad()
@@ -125,6 +126,13 @@ class Ranker:
             "deep": parts.deep.double().numpy(),
             **{name: wide[:, i] for i, name in enumerate(slots)},
         }
+
+    def terms(self, frame: Frame) -> list[list[Term]]:
+        """The wide part's exact terms by their values, the largest first, for each of N rows.
+
+        With ``bias`` and ``deep`` of `explain` they sum to the logit. Terms of 0 are left out.
+        """
+        return terms(self.model, self.encoder, frame)
 
     def attribute(self, frame: Frame, steps: int = 64) -> dict[str, NDArray[np.float64]]:
         """What each column contributes to the deep part's logit (`fathom.attribution`).

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fathom.encoding import Values
     from fathom.feature_log import FeatureLog
     from fathom.online import Known
+    from fathom.ranker import Ranker
 
 #: Alias of the one model that a Bento carries, whose version the Bento pins.
 ALIAS = "ranker"
@@ -72,7 +73,7 @@ class Ranking:
         self.version = verify(folder)
         self.ranker = Ranker.load(folder)
         self.scorer = FastScorer(self.ranker)
-        self.store = OnlineStore(feature_store, self.ranker.spec, config)
+        self.store = OnlineStore(feature_store, self.ranker.spec, config, self._load_attribution)
         self.log = self._feature_log(config)
         self.thread = ThreadPoolExecutor(1, "scoring")
         self._examples = api.recorded_rows(folder) or [api.example_row(self.ranker.spec)]
@@ -84,6 +85,13 @@ class Ranking:
         self.thread.shutdown(wait=False, cancel_futures=True)
         if self.log is not None:
             self.log.close()
+
+    def _load_attribution(self) -> None:
+        """Import what ``/rank`` may be asked for; on the scoring thread it would hold all up."""
+        if self.ranker.model.deep is not None:
+            from fathom import attribution
+
+            attribution.load()
 
     def _feature_log(self, config: ServingConfig) -> FeatureLog | None:
         if config.feature_log is None:
@@ -114,12 +122,16 @@ class Ranking:
         faults: list[dict[str, str]] = []
         moment = api.moment_of(request.timestamp, faults)
         candidates = _candidates(request, spec, faults)
+        if request.attribute:
+            faults += _attribution_faults(len(candidates), self.ranker)
         if faults:
             raise api.refused(faults)
         features = self.store.require()
         count = len(candidates)
         columns, known = features.compact(request.user, request.context, candidates, moment)
         _bound_crosses(columns, spec, count)
+        if request.explain:
+            _bound_terms(spread_frame(columns, count), self.ranker)
         probabilities = self.scorer.score(columns, count)
         order = np.argsort(-probabilities, kind="stable").tolist()
         scores = probabilities.tolist()
@@ -127,10 +139,10 @@ class Ranking:
         items: list[Answer] = [
             {"item": candidates[i][key], "probability": scores[i]} for i in order
         ]
-        if request.explain:
-            parts = self.ranker.explain(spread_frame(columns, count))
+        if request.explain or request.attribute:
+            found = _accounts(self.ranker, spread_frame(columns, count), request)
             for item, i in zip(items, order, strict=True):
-                item["explanation"] = _explanation({n: float(p[i]) for n, p in parts.items()})
+                item |= found[i]
         if self.log is not None:
             from fathom.feature_log import Served
 
@@ -163,6 +175,8 @@ class Ranking:
             "limits": {
                 "body_bytes": api.MAX_BODY_BYTES,
                 "candidates": api.MAX_CANDIDATES,
+                "attributed": api.MAX_ATTRIBUTED,
+                "terms": api.MAX_TERMS,
                 "rows": api.MAX_ROWS,
                 "values": api.MAX_VALUES,
             },
@@ -380,9 +394,61 @@ def _bound_crosses(columns: Mapping[str, Values], spec: FeatureSpec, count: int)
                 raise api.refused([{"field": " and ".join(lists), "fault": fault}])
 
 
-def _explanation(parts: dict[str, float]) -> Answer:
-    logit, bias, deep = sum(parts.values()), parts.pop("bias"), parts.pop("deep")
-    return {"logit": logit, "bias": bias, "deep": deep, "wide": parts}
+def _bound_terms(frame: Mapping[str, Values], ranker: Ranker) -> None:
+    """Refuse to name more terms than one answer may have."""
+    from fathom.terms import most_terms
+
+    made = most_terms(ranker.encoder, frame) if ranker.model.wide is not None else 0
+    if made > api.MAX_TERMS:
+        fault = (
+            f"is true, which makes up to {made:,} terms; at most {api.MAX_TERMS:,} are allowed, so "
+            "rank without it, then ask again for the first candidates alone"
+        )
+        raise api.refused([{"field": "explain", "fault": fault}])
+
+
+def _attribution_faults(candidates: int, ranker: Ranker) -> list[dict[str, str]]:
+    """Why deep logits cannot be attributed, if they cannot."""
+    fault = None
+    if ranker.model.deep is None:
+        fault = (
+            f"but the model, {ranker.config.model}, has no deep part; leave it out: all of its "
+            "terms are exact, and 'explain' names them"
+        )
+    elif candidates > api.MAX_ATTRIBUTED:
+        fault = (
+            f"for {candidates:,} candidates; at most {api.MAX_ATTRIBUTED:,} can be attributed at "
+            "once, so rank without it, then ask again for the first candidates alone"
+        )
+    return [{"field": "attribute", "fault": f"is true, {fault}"}] if fault else []
+
+
+def _accounts(
+    ranker: Ranker, frame: Mapping[str, Values], request: api.RankRequest
+) -> list[Answer]:
+    """What a request asks to know of how each candidate came by its logit."""
+    from fathom.attribution import BASELINE
+
+    parts = {name: part.tolist() for name, part in ranker.explain(frame).items()}
+    bias, deep = parts.pop("bias"), parts.pop("deep")
+    found: list[Answer] = [{} for _ in deep]
+    if request.explain:
+        for i, terms in enumerate(ranker.terms(frame)):
+            wide = {name: part[i] for name, part in parts.items()}
+            found[i]["explanation"] = {
+                "logit": bias[i] + deep[i] + sum(wide.values()),
+                "bias": bias[i],
+                "deep": deep[i],
+                "wide": wide,
+                "terms": [vars(term) for term in terms],
+            }
+    if request.attribute:
+        shares = {name: share.tolist() for name, share in ranker.attribute(frame).items()}
+        baseline = shares.pop(BASELINE)
+        for i, account in enumerate(found):
+            given = {name: share[i] for name, share in shares.items()}
+            account["attribution"] = {"deep": deep[i], "baseline": baseline[i], "shares": given}
+    return found
 
 
 def _described(column: Column, spec: FeatureSpec) -> Answer:

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,15 +58,21 @@ class OnlineStore:
     Args:
         settings: JSON of `fathom.feature_store.FeatureStoreConfig` and its ``root``; None for a
             service without a feature store.
+        before: called in the background before it is opened; what it raises is only logged.
     """
 
     def __init__(
-        self, settings: str | None, spec: FeatureSpec, config: ServingConfig | None = None
+        self,
+        settings: str | None,
+        spec: FeatureSpec,
+        config: ServingConfig | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.features: OnlineFeatures | None = None
         #: ``absent``, ``opening``, ``ready`` or ``failed``.
         self.state = "opening" if settings else "absent"
         self._config = config or ServingConfig()
+        self._before = before
         self._closed = threading.Event()
         if settings:
             from fathom.feature_store import FeatureRepo, FeatureStoreConfig
@@ -109,6 +116,11 @@ class OnlineStore:
 
     def _run(self, repo: Any, spec: FeatureSpec) -> None:
         started = time.monotonic()
+        try:
+            if self._before is not None:
+                self._before()
+        except Exception:
+            log.exception("what is loaded before the feature store cannot be")
         while not self._closed.is_set() and self.features is None:
             try:
                 from fathom.online import OnlineFeatures

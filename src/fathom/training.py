@@ -254,7 +254,7 @@ class Run:
         sums = [self._total]
         self._group.sum_(sums)
         train_loss = float(sums[0]) / self._rows
-        logits = torch.from_numpy(score(self.model, self._job.validation))
+        logits = torch.from_numpy(score(self.model, self._job.validation)).float()
         label = torch.as_tensor(self._job.validation.label)
         each = losses(logits, label, self._job.task)
         if self._validation_weight is not None:

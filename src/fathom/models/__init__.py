@@ -85,7 +85,8 @@ class Contributions:
     """What a logit is the exact sum of.
 
     Args:
-        wide: (B, S + T) weight of each wide slot; zero width without a wide part.
+        wide: (B, S + T) weight of each wide slot, float64 in evaluation; zero width without a
+            wide part.
         deep: (B,) the deep part's logit; zeros without a deep part.
         bias: scalar.
     """
@@ -127,18 +128,22 @@ class Model(nn.Module):
             bias=self.bias,
         )
 
+    def weights_of(self, ids: Tensor) -> Tensor:
+        """What each wide id, (...), adds to the logit, float64; only with a wide part."""
+        return self.wide.weights_of(ids)  # type: ignore[union-attr,operator,no-any-return]
+
 
 @torch.no_grad()
-def score(model: Model, batch: Batch) -> NDArray[np.float32]:
+def score(model: Model, batch: Batch) -> NDArray[np.float64]:
     """Logits of N examples, shape (N,), in evaluation mode and in bounded memory."""
     device = model.bias.device
     was_training = model.training
     model.eval()
     starts = range(0, len(batch), _SCORING_BATCH)
     rows = [np.arange(s, min(s + _SCORING_BATCH, len(batch))) for s in starts]
-    logits = [model(Inputs.of(batch.take(index), device)).cpu().numpy() for index in rows]
+    logits = [model(Inputs.of(batch.take(index), device)).double().cpu().numpy() for index in rows]
     model.train(was_training)
-    return np.concatenate(logits) if logits else np.zeros(0, np.float32)
+    return np.concatenate(logits) if logits else np.zeros(0)
 
 
 Builder = Callable[[Layout, TrainingConfig], Model]

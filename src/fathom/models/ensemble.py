@@ -35,9 +35,10 @@ class Ensemble(Model):
         assert self.wide is not None
         assert self.deep is not None
         wide = self.wide(inputs).sum(dim=1) + self.biases[0]
-        deep = self.deep(inputs) + self.biases[1]
+        deep = self.deep(inputs).to(wide.dtype) + self.biases[1]
         both = torch.stack([wide, deep], dim=1)
-        return torch.cat([both, (both.detach() @ self.shares + self.bias)[:, None]], dim=1)
+        combined = both.detach() @ self.shares.to(wide.dtype) + self.bias
+        return torch.cat([both, combined[:, None]], dim=1)
 
     def contributions(self, inputs: Inputs) -> Contributions:
         """The exact parts of each combined logit."""
@@ -48,6 +49,10 @@ class Ensemble(Model):
             deep=self.deep(inputs) * self.shares[1],
             bias=self.bias + self.shares @ self.biases,
         )
+
+    def weights_of(self, ids: Tensor) -> Tensor:
+        """What each wide id, (...), adds to the combined logit, float64."""
+        return super().weights_of(ids) * self.shares[0]
 
 
 def ensemble(layout: Layout, config: TrainingConfig) -> Model:

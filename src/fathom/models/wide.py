@@ -25,7 +25,26 @@ class Wide(Tables):
         self.weight = nn.Parameter(torch.zeros(layout.wide_rows, 1))
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Weights by slot: (B, S) ids and T bags in, (B, S + T) out; a bag's weights are summed."""
+        """Weights by slot: (B, S) ids and T bags in, (B, S + T) out; a bag's weights are summed.
+
+        In evaluation they are summed in float64, so that a logit is the sum of its terms to within
+        1e-6 however long its lists are.
+        """
+        if not self.training:
+            return self._exact(inputs)
         single = look_up(self.weight, inputs.wide_ids, self.holders).squeeze(-1)
         bags = [pool(self.weight, bag, "sum", self.holders) for bag in inputs.wide_bags]
         return torch.cat([single, *bags], dim=1)
+
+    def weights_of(self, ids: Tensor) -> Tensor:
+        """(...) ids of any slots in, their weights out, float64."""
+        return look_up(self.weight, ids, self.holders).squeeze(-1).double()
+
+    def _exact(self, inputs: Inputs) -> Tensor:
+        sums = [self.weights_of(inputs.wide_ids)]
+        for bag in inputs.wide_bags:
+            lengths = bag.offsets.diff()
+            rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+            weights = self.weights_of(bag.values)[:, None]
+            sums.append(weights.new_zeros(len(lengths), 1).index_add(0, rows, weights))
+        return torch.cat(sums, dim=1)
