@@ -100,7 +100,7 @@ def wait_until(state: str, store: OnlineStore) -> OnlineStore:
 @pytest.fixture
 def ranking(client: TestClient, opened: OnlineStore, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     """The service with its feature store."""
-    monkeypatch.setattr(app.state.ranking, "store", opened)
+    monkeypatch.setattr(app.state.serving.ranking, "store", opened)
     return client
 
 
@@ -297,7 +297,7 @@ def test_while_the_feature_store_is_being_opened_rank_asks_to_try_again(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = OnlineStore(None, SPEC)
-    monkeypatch.setattr(app.state.ranking, "store", store)
+    monkeypatch.setattr(app.state.serving.ranking, "store", store)
     for state, words, ready in (
         ("opening", "is being opened; try again", 503),
         ("failed", "cannot be opened, see the service's log", 200),

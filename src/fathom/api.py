@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -230,6 +231,15 @@ class RefusedError(Exception):
         return {"error": str(self), "faults": self.faults[:MAX_FAULTS]}
 
 
+def unauthorized() -> RefusedError:
+    """The answer to a request without a valid key."""
+    return RefusedError(
+        401,
+        "no valid API key; send one as 'Authorization: Bearer KEY'",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
 def refused(faults: Sequence[dict[str, str]]) -> RefusedError:
     """The answer to bad input: status 400, and what to change."""
     count = len(faults)
@@ -344,22 +354,28 @@ def _fault(found: Mapping[str, Any]) -> dict[str, str]:
 # -- OpenAPI -------------------------------------------------------------------------------------
 
 
-def recorded_rows(folder: Path) -> list[dict[str, Any]]:
-    """A few rows of an artifact's golden requests; none if it has no such file."""
+@dataclass(frozen=True)
+class Golden:
+    """Recorded requests of an artifact: rows, the probabilities they must have, their newest moment
+    (ISO 8601); empty if it has none."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    timestamp: str | None = None
+
+
+def golden(folder: Path) -> Golden:
+    """What an artifact recorded in ``golden.json``."""
     path = folder / "golden.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return list(rows[:5])
+    if not path.exists():
+        return Golden()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Golden(found["rows"], found["probabilities"], found.get("timestamp"))
 
 
 def example_row(spec: FeatureSpec) -> dict[str, Any]:
     """A row of the spec's columns that is valid, if dull."""
     return {c.name: _example(c) for c in spec.columns if c.ratio is None}
-
-
-def recorded_moment(folder: Path) -> str | None:
-    """The newest exposure that an artifact's golden requests know of, ISO 8601."""
-    path = folder / "golden.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("timestamp") if path.exists() else None
 
 
 def example_rank(

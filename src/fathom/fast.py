@@ -17,7 +17,7 @@ Models whose deep part is another one are scored by the reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,14 +233,16 @@ def _spread(part: Keys | Ragged, count: int) -> Keys | Ragged:
     return found
 
 
-def _summed(weights: NDArray[np.float32], ids_of: object, values: Values) -> NDArray[np.float64]:
+def _summed(
+    weights: NDArray[np.float32], ids_of: Callable[[Any], NDArray[Any]], values: Values
+) -> NDArray[np.float64]:
     """The sum of the weights of each row's values."""
-    assert callable(ids_of)
     if not isinstance(values, Ragged):
         return weights.take(ids_of(values)).astype(np.float64)
     found = np.append(weights.take(ids_of(values.values)), np.float32(0))
-    sums = np.add.reduceat(found.astype(np.float64), values.offsets[:-1])
-    return np.where(values.lengths > 0, sums, 0.0)
+    sums: NDArray[np.float64] = np.add.reduceat(found.astype(np.float64), values.offsets[:-1])
+    sums[values.lengths == 0] = 0.0
+    return sums
 
 
 def _is_sum(model: Model) -> bool:

@@ -22,6 +22,11 @@ class Metrics:
     refreshes: Counter
     refresh_failures: Counter
     unlogged_rows: Counter
+    swaps: Counter
+    swap_failures: Counter
+    turned_away: Counter
+    late: Counter
+    refused_keys: Counter
 
 
 @cache
@@ -41,5 +46,10 @@ def metrics() -> Metrics:
         "refreshes": "Times that newer tables were loaded from the feature store",
         "refresh_failures": "Times that newer tables could not be loaded; the old ones stayed",
         "unlogged_rows": "Rows that the feature log had to drop",
+        "swaps": "Times that a new champion was put in charge",
+        "swap_failures": "Times that a new champion could not be put in charge; the old one stayed",
+        "turned_away": "Requests that would have waited too long",
+        "late": "Requests that were not done by their deadline",
+        "refused_keys": "Requests without a valid API key",
     }
     return Metrics(**{name: Counter(f"fathom_{name}", text) for name, text in said.items()})

@@ -399,9 +399,7 @@ def serve(
         from fathom.service import SERVING
 
         # BentoML serves from another folder.
-        log_folder = serving.feature_log and str(Path(serving.feature_log).absolute())
-        serving = serving.model_copy(update={"feature_log": log_folder})
-        environment[SERVING] = serving.model_dump_json()
+        environment[SERVING] = serving.absolute.model_dump_json()
     url = f"http://{host}:{port}"
     example = _example(bento_tag)
     sys.stdout.write(
@@ -422,6 +420,6 @@ def _example(bento_tag: str) -> dict[str, Any]:
     except bentoml.exceptions.NotFound as error:
         raise PackagingError(f"{bento_tag} cannot be served: {error}; make run builds it") from None
     spec = FeatureSpec.from_json(Path(model.path_of("spec.json")).read_text(encoding="utf-8"))
-    folder = Path(model.path)
-    rows = api.recorded_rows(folder) or [api.example_row(spec)]
-    return api.example_rank(spec, rows, api.recorded_moment(folder))
+    golden = api.golden(Path(model.path))
+    rows = golden.rows[:5] or [api.example_row(spec)]
+    return api.example_rank(spec, rows, golden.timestamp)

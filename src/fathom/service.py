@@ -21,9 +21,10 @@ import json
 import logging
 import os
 import re
+import threading
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fathom import api
+from fathom.admission import BusyError, LateError, Queue
 from fathom.batch import Ragged
+from fathom.keys import Keys
 from fathom.lookup import spread_frame
 from fathom.metrics import metrics
 from fathom.serving import OnlineStore, ServingConfig
@@ -46,6 +49,7 @@ from fathom.spec import Column, FeatureSpec
 if TYPE_CHECKING:
     from fathom.encoding import Values
     from fathom.feature_log import FeatureLog
+    from fathom.following import Follower
     from fathom.online import Known
     from fathom.ranker import Ranker
 
@@ -60,11 +64,28 @@ log = logging.getLogger("bentoml.fathom")
 Answer = dict[str, Any]
 
 
+class RehearsalError(RuntimeError):
+    """A ranking does not answer as it should."""
+
+
 class Ranking:
-    """One ranker and what it answers. Its methods run on its one scoring thread."""
+    """One ranker and what it answers. Its methods run on the one scoring thread.
+
+    Args:
+        folder: the artifact.
+        feature_store: see `OnlineStore`.
+        before: the ranking that this one is to follow; they share a feature store if they can.
+
+    Raises:
+        ArtifactError: files of the artifact are missing or changed.
+    """
 
     def __init__(
-        self, folder: Path, feature_store: str | None, config: ServingConfig | None = None
+        self,
+        folder: Path,
+        feature_store: str | None,
+        config: ServingConfig | None = None,
+        before: Ranking | None = None,
     ) -> None:
         from fathom.fast import FastScorer
         from fathom.ranker import Ranker, verify
@@ -73,18 +94,50 @@ class Ranking:
         self.version = verify(folder)
         self.ranker = Ranker.load(folder)
         self.scorer = FastScorer(self.ranker)
-        self.store = OnlineStore(feature_store, self.ranker.spec, config, self._load_attribution)
+        self.store: OnlineStore = (
+            before.store
+            if before is not None and before.ranker.spec.hash == self.ranker.spec.hash
+            else OnlineStore(feature_store, self.ranker.spec, config, self._load_attribution)
+        )
         self.log = self._feature_log(config)
-        self.thread = ThreadPoolExecutor(1, "scoring")
-        self._examples = api.recorded_rows(folder) or [api.example_row(self.ranker.spec)]
+        self._golden = api.golden(folder)
+        self._examples = self._golden.rows[:5] or [api.example_row(self.ranker.spec)]
         log.info("ranker %s loaded from %s", self.version, folder)
 
-    def close(self) -> None:
-        """Give up what is waiting, and end the background work."""
-        self.store.close()
-        self.thread.shutdown(wait=False, cancel_futures=True)
+    def close(self, after: Ranking | None = None) -> None:
+        """End the background work, but for what the ranking after it shares."""
+        if after is None or after.store is not self.store:
+            self.store.close()
         if self.log is not None:
             self.log.close()
+
+    def rehearse(self, seconds: float = 60.0) -> None:
+        """Answer the recorded requests, and wait for the feature store.
+
+        Raises:
+            RehearsalError: a probability is not the recorded one, or the feature store cannot be
+                opened.
+        """
+        from fathom.ranker import TOLERANCE, frame_of_rows
+
+        rows, recorded = self._golden.rows, np.array(self._golden.probabilities)
+        if rows:
+            frame = spread_frame(frame_of_rows(rows, self.ranker.spec), len(rows))
+            for found in (self.ranker.score(frame), self.scorer.score(frame, len(rows))):
+                wrong = int((~(np.abs(found - recorded) <= TOLERANCE)).sum())  # NaN is wrong, too
+                if wrong:
+                    raise RehearsalError(
+                        f"{wrong} of {len(rows)} golden probabilities of {self.version} differ by "
+                        f"more than {TOLERANCE:g}; register the version again"
+                    )
+        until = time.monotonic() + seconds
+        while self.store.state == "opening" and time.monotonic() < until:
+            time.sleep(0.05)
+        if self.store.state in {"opening", "failed"}:
+            raise RehearsalError(
+                f"the feature store of {self.version} is {self.store.state}; run the "
+                "feature_store pipeline with its spec"
+            )
 
     def _load_attribution(self) -> None:
         """Import what ``/rank`` may be asked for; on the scoring thread it would hold all up."""
@@ -187,16 +240,71 @@ class Ranking:
         return api.openapi(self.ranker.spec, self.version, self._examples)
 
 
+class Serving:
+    """What all requests share: who serves, the queue, and who may ask.
+
+    Args:
+        folder: the artifact that serves first.
+        feature_store: see `OnlineStore`.
+
+    Raises:
+        ArtifactError: files of the artifact are missing or changed.
+        KeysError: the file of keys cannot be used.
+    """
+
+    def __init__(self, folder: Path, feature_store: str | None, config: ServingConfig) -> None:
+        self.config, self._feature_store = config, feature_store
+        self.keys = Keys(Path(config.api_keys)) if config.api_keys else None
+        #: In charge. Requests take it once, so that each answer is of one version.
+        self.ranking = Ranking(folder, feature_store, config)
+        self.queue = Queue(config.queue_seconds)
+        self._follower = self._follow(config.registry) if config.registry else None
+
+    def _follow(self, registry: str) -> Follower:
+        from fathom.following import Follower
+
+        seconds = self.config.follow_seconds
+        return Follower(Path(registry), seconds, lambda: self.ranking.version, self.succeed)
+
+    def succeed(self, folder: Path) -> None:
+        """Put another artifact in charge, once it has shown that it can be.
+
+        Raises:
+            ArtifactError: files of the artifact are missing or changed.
+            RehearsalError: it does not answer as it should. The one before goes on.
+        """
+        before = self.ranking
+        after = Ranking(folder, self._feature_store, self.config, before)
+        try:
+            after.rehearse()
+        except BaseException:
+            after.close(before)
+            raise
+        self.ranking = after
+        # Requests that have begun end with the one before.
+        late = threading.Timer(self.config.deadline_seconds, before.close, [after])
+        late.daemon = True
+        late.start()
+
+    def close(self) -> None:
+        """Give up what is waiting, and end the background work."""
+        if self._follower is not None:
+            self._follower.close()
+        self.queue.close()
+        self.ranking.close()
+
+
 # -- HTTP ----------------------------------------------------------------------------------------
 
 
 def _endpoint(
-    method: Callable[[Ranking, bytes, str], Answer], stamped: bool = True
+    method: Callable[[Ranking, bytes, str], Answer], stamped: bool = True, guarded: bool = True
 ) -> Callable[[Request], Awaitable[Response]]:
     """Read a bounded body, answer on the scoring thread, in JSON, whatever happens."""
 
     async def handle(request: Request) -> Response:
-        ranking: Ranking = request.app.state.ranking
+        state: Serving = request.app.state.serving
+        ranking = state.ranking  # of the whole answer, whatever comes after it
         given = request.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         stamp = {"version": ranking.version, "request_id": request_id}
@@ -206,9 +314,20 @@ def _endpoint(
             return _json((stamp if stamped else {}) | method(ranking, body, request_id))
 
         status = 200
+        deadline = time.monotonic() + state.config.deadline_seconds
         try:
-            body = await _read(request)
-            content = await asyncio.get_running_loop().run_in_executor(ranking.thread, answer, body)
+            if guarded and state.keys is not None and state.keys.client(request.headers) is None:
+                metrics().refused_keys.inc()
+                raise api.unauthorized()
+            body = await _in_time(_read(request), deadline)
+            content = await state.queue.run(lambda: answer(body), deadline)
+        except BusyError as error:
+            metrics().turned_away.inc()
+            status, content = 429, _json(stamp | {"error": str(error)})
+            headers["Retry-After"] = str(error.retry_seconds)
+        except LateError as error:
+            metrics().late.inc()
+            status, content = 504, _json(stamp | {"error": str(error)})
         except api.RefusedError as error:
             status, content = error.status, _json(stamp | error.answer)
             headers |= error.headers
@@ -221,6 +340,16 @@ def _endpoint(
         return Response(content, status, headers, "application/json")
 
     return handle
+
+
+async def _in_time(reading: Awaitable[bytes], deadline: float) -> bytes:
+    """A body that comes before the deadline."""
+    try:
+        return await asyncio.wait_for(reading, deadline - time.monotonic())
+    except TimeoutError:
+        raise api.RefusedError(
+            408, "the body did not come in time", headers={"Connection": "close"}
+        ) from None
 
 
 async def _read(request: Request) -> bytes:
@@ -255,7 +384,7 @@ app = Starlette(
         Route("/predict", _endpoint(Ranking.predict), methods=["POST"]),
         Route("/model", _endpoint(Ranking.model), methods=["GET"]),
         # In place of BentoML's own, which would not know of these routes.
-        Route("/docs.json", _endpoint(Ranking.openapi, stamped=False), methods=["GET"]),
+        Route("/docs.json", _endpoint(Ranking.openapi, False, guarded=False), methods=["GET"]),
     ],
     exception_handlers={HTTPException: _refuse},
 )
@@ -273,8 +402,8 @@ class RankingService:
 
     def __init__(self) -> None:
         config = serving_config(os.environ)
-        self.ranking = Ranking(ranker_folder(), os.environ.get(FEATURE_STORE), config)
-        app.state.ranking = self.ranking
+        self.serving = Serving(ranker_folder(), os.environ.get(FEATURE_STORE), config)
+        app.state.serving = self.serving
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
@@ -287,11 +416,11 @@ class RankingService:
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
         """Stop background work; what the feature log holds is written."""
-        self.ranking.close()
+        self.serving.close()
 
     def __is_ready__(self) -> bool:
         """Ready when ``/predict`` works and the feature store, if any, has been tried once."""
-        return self.ranking.store.state != "opening"
+        return self.serving.ranking.store.state != "opening"
 
 
 def serving_config(environment: Mapping[str, str]) -> ServingConfig:

@@ -37,6 +37,11 @@ class ServingConfig(BaseModel):
         feature_log_mb: most disk that the folder may take, in MiB; the oldest segments go first.
         segment_rows, segment_seconds: a segment of the log is closed at so many rows, or when it is
             so old. A crash loses the open one.
+        registry: folder of the registry whose champion is followed; null serves one version.
+        follow_seconds: how often the pointer is looked at.
+        queue_seconds: a request that would wait longer for its turn is turned away (429).
+        deadline_seconds: how long a request may take, reading its body included (408, 504).
+        api_keys: file of the keys (`fathom.keys`) of those who may ask; null lets everybody.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -47,6 +52,20 @@ class ServingConfig(BaseModel):
     feature_log_mb: int = Field(default=1024, ge=1)
     segment_rows: int = Field(default=50_000, ge=1, le=1_000_000)
     segment_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    registry: str | None = None
+    follow_seconds: float = Field(default=5.0, gt=0, le=86_400)
+    queue_seconds: float = Field(default=0.05, gt=0, le=30)
+    deadline_seconds: float = Field(default=5.0, gt=0, le=30)
+    api_keys: str | None = None
+
+    @property
+    def absolute(self) -> ServingConfig:
+        """The same, whichever folder the service runs in."""
+        paths = ("feature_log", "registry", "api_keys")
+        given = {name: path for name in paths if (path := getattr(self, name)) is not None}
+        return self.model_copy(
+            update={name: str(Path(path).absolute()) for name, path in given.items()}
+        )
 
 
 class OnlineStore:
