@@ -35,7 +35,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fathom import api
+from fathom import api, docs_page
 from fathom.batch import Ragged
 from fathom.metrics import metrics
 from fathom.serving import OnlineStore, ServingConfig
@@ -236,6 +236,7 @@ app = Starlette(
         Route("/model", _endpoint(Ranking.model), methods=["GET"]),
         # In place of BentoML's own, which would not know of these routes.
         Route("/docs.json", _endpoint(Ranking.openapi, stamped=False), methods=["GET"]),
+        Route("/", docs_page.show, methods=["GET"]),
     ],
     exception_handlers={HTTPException: _refuse},
 )
