@@ -50,6 +50,12 @@ if TYPE_CHECKING:
 ALIAS = "ranker"
 RANKER, FEATURE_STORE = "FATHOM_RANKER", "FATHOM_FEATURE_STORE"
 SERVING, FEATURE_LOG = "FATHOM_SERVING", "FATHOM_FEATURE_LOG"
+#: What a container image starts from, as in ``bentofile.yaml``. For a distribution that it knows,
+#: BentoML would install compilers and git; wheels need neither. The lock is there before packages
+#: are, which it constrains.
+IMAGE = bentoml.images.Image(
+    base_image="python:3.11-slim-bookworm", python_version="3.11", distro="none"
+).build_include("requirements.lock")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 # A child of BentoML's logger, which is the one that its server formats and prints.
@@ -244,6 +250,7 @@ app = Starlette(
 
 @bentoml.service(
     name="fathom",
+    image=IMAGE,
     workers=1,
     traffic={"timeout": 30, "max_concurrency": 64},
     logging={"access": {"enabled": False}},
