@@ -18,7 +18,7 @@ export BENTOML_HOME := $(CURDIR)/data/06_models/bentoml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check serve viz feast lock clean distclean
+.PHONY: help setup run test check serve viz feast lock audit clean distclean
 
 help:
 	@echo "make run    set up, then raw log → validated → trained → released → watched (kedro run)"
@@ -28,6 +28,7 @@ help:
 	@echo "make viz    set up, then show the pipelines in the browser (kedro viz)"
 	@echo "make feast  set up, then show what the feature store holds in the browser (feast ui)"
 	@echo "make lock   resolve the dependencies of pyproject.toml anew into requirements.lock"
+	@echo "make audit  look up known vulnerabilities of what a Bento installs (asks the network)"
 	@echo "make clean  remove what runs made, models too; raw data and the environment stay"
 	@echo "make distclean  remove the environment too"
 
@@ -93,6 +94,17 @@ lock:
 		| grep -Ev '^(nvidia|cuda)-|^triton==| @ ' | sed 's/+[A-Za-z0-9.]*$$//'; } > .venv-lock/new
 	@mv .venv-lock/new requirements.lock && rm -rf .venv-lock
 	@echo "==> requirements.lock: $$(grep -c == requirements.lock) packages"
+
+# What a container image gets: the Bento's requirements, resolved within the lock. --strict fails
+# where a package could not be looked up, which would otherwise pass for harmless.
+audit: setup
+	@echo "==> known vulnerabilities of what a Bento installs"
+	@$(BIN)/python -c 'import yaml; \
+		print(*yaml.safe_load(open("bentofile.yaml"))["python"]["packages"], sep="\n")' > .venv/bento.in
+	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url \
+		--torch-backend cpu --constraint requirements.lock .venv/bento.in -o .venv/bento.out
+	@sed 's/+[A-Za-z0-9.]*$$//' .venv/bento.out > .venv/bento.txt
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement .venv/bento.txt $(ARGS)
 
 # The raw data stays: it may be somebody's own.
 clean:

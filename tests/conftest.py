@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from running_service import Running
 
 #: Set before any vendor is imported, since several read these once, on import.
 os.environ.update(
@@ -37,6 +42,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fathom"))
 def root() -> Path:
     """The folder of the project."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The small shop's service, one process for all tests that only ask it."""
+    from running_service import running
+
+    with running(tmp_path_factory.mktemp("service")) as service:
+        yield service
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

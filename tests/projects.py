@@ -44,6 +44,6 @@ def make_project(root: Path, folder: Path) -> Project:
     for name in ("conf", "src"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(root / name, folder / name, ignore=ignored)
-    for name in ("pyproject.toml", "bentofile.yaml", ".bentoignore"):
+    for name in ("pyproject.toml", "requirements.lock", "bentofile.yaml", ".bentoignore"):
         shutil.copy(root / name, folder / name)
     return Project(folder)

@@ -37,7 +37,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fathom import api
+from fathom import api, docs_page
 from fathom.admission import BusyError, LateError, Queue
 from fathom.batch import Ragged
 from fathom.keys import Keys
@@ -57,6 +57,12 @@ if TYPE_CHECKING:
 ALIAS = "ranker"
 RANKER, FEATURE_STORE = "FATHOM_RANKER", "FATHOM_FEATURE_STORE"
 SERVING, FEATURE_LOG = "FATHOM_SERVING", "FATHOM_FEATURE_LOG"
+#: What a container image starts from, as in ``bentofile.yaml``. For a distribution that it knows,
+#: BentoML would install compilers and git; wheels need neither. The lock is there before packages
+#: are, which it constrains.
+IMAGE = bentoml.images.Image(
+    base_image="python:3.11-slim-bookworm", python_version="3.11", distro="none"
+).build_include("requirements.lock")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 # A child of BentoML's logger, which is the one that its server formats and prints.
@@ -385,6 +391,7 @@ app = Starlette(
         Route("/model", _endpoint(Ranking.model), methods=["GET"]),
         # In place of BentoML's own, which would not know of these routes.
         Route("/docs.json", _endpoint(Ranking.openapi, False, guarded=False), methods=["GET"]),
+        Route("/", docs_page.show, methods=["GET"]),
     ],
     exception_handlers={HTTPException: _refuse},
 )
@@ -392,6 +399,7 @@ app = Starlette(
 
 @bentoml.service(
     name="fathom",
+    image=IMAGE,
     workers=1,
     traffic={"timeout": 30, "max_concurrency": 64},
     logging={"access": {"enabled": False}},

@@ -1,0 +1,75 @@
+"""The small shop's service as a process of its own, for tests of what surrounds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from fathom import packaging
+from fathom.service import FEATURE_STORE, RANKER
+from small_ranker import Artifact, feature_store, register
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service and the artifact that it serves."""
+
+    url: str
+    artifact: Artifact
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Running]:
+    """A service with its feature store, ready; everything is written below a folder."""
+    artifact = register(folder / "ranker")
+    repo = feature_store(folder)
+    port = packaging._free_port()
+    url, log = f"http://127.0.0.1:{port}", folder / "log"
+    # fmt: off
+    command = [
+        sys.executable, "-m", "bentoml", "serve", "fathom.service:RankingService",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]
+    # fmt: on
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(packaging.__file__).parents[1]),
+        "BENTOML_HOME": str(folder / "bentoml"),
+        RANKER: str(artifact.folder),
+        FEATURE_STORE: json.dumps({"root": str(folder), **repo.config.model_dump()}),
+    }
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        _wait_until_ready(process, url, log)
+        yield Running(url, artifact)
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(20)
+        for child in psutil.wait_procs(family, timeout=10)[1]:
+            child.kill()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz", trust_env=False, timeout=1).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
