@@ -6,6 +6,7 @@ it as a process, from a Bento.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -28,10 +29,12 @@ from jsonschema import Draft202012Validator
 from jsonschema import ValidationError as JsonFault
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from fathom import api
 from fathom.feature_store import FeatureRepo, frame_of
+from fathom.keys import KeysError, made
 from fathom.metrics import metrics
 from fathom.online import OnlineFeatures
 from fathom.ranker import TOLERANCE, ArtifactError, Ranker, rows_of_frame
@@ -42,6 +45,8 @@ from fathom.service import (
     SERVING,
     Ranking,
     RankingService,
+    Serving,
+    _endpoint,
     app,
     serving_config,
 )
@@ -827,3 +832,122 @@ def test_importing_the_service_costs_little(root: Path) -> None:
         check=False,
     )
     assert answer.stdout.strip() == "[]", answer.stderr
+
+
+# -- who is let in, and how long it may take -----------------------------------------------------
+
+
+@contextmanager
+def limited(folder: Path, **settings: Any) -> Iterator[TestClient]:
+    """The application with settings of its own."""
+    serving = Serving(folder, None, ServingConfig(**settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.state, "serving", serving, raising=False)
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client
+    serving.close()
+
+
+def slow(seconds: float) -> Callable[..., dict[str, Any]]:
+    def predict(*_: Any) -> dict[str, Any]:
+        time.sleep(seconds)
+        return {"probabilities": []}
+
+    return predict
+
+
+def test_without_a_valid_key_nothing_is_answered_but_the_document(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    key, line = made("shop")
+    (tmp_path / "keys").write_text(line)
+    with limited(artifact.folder, api_keys=str(tmp_path / "keys")) as client:
+        valid = {"Authorization": f"Bearer {key}"}
+        assert client.get("/model", headers=valid).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer guess"}):
+            for method, path in (("POST", "/predict"), ("POST", "/rank"), ("GET", "/model")):
+                response = client.request(method, path, headers=headers)
+                assert response.status_code == 401
+                assert response.headers["WWW-Authenticate"] == "Bearer"
+                said = response.json()["error"]
+                assert said == "no valid API key; send one as 'Authorization: Bearer KEY'"
+        assert client.get("/docs.json").status_code == 200
+        assert client.get("/").status_code == 200
+
+
+def test_a_service_does_not_start_with_a_bad_file_of_keys(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(KeysError, match="cannot be read"),
+        limited(artifact.folder, api_keys=str(tmp_path / "none")),
+    ):
+        pass
+
+
+def test_a_rush_is_turned_away_with_429_and_the_rest_is_answered(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"rows": artifact.rows[:1]}
+    found: list[Any] = []
+    with limited(artifact.folder, queue_seconds=0.05) as client:
+        monkeypatch.setattr(app.router, "routes", [_rerouted("/predict", slow(0.1))])
+        assert client.post("/predict", json=body).status_code == 200
+        threads = [
+            threading.Thread(target=lambda: found.append(client.post("/predict", json=body)))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = [response.status_code for response in found]
+        assert set(statuses) == {200, 429}
+        refused = next(response for response in found if response.status_code == 429)
+        assert refused.headers["Retry-After"] == "1"
+        assert refused.json()["error"] == "too many requests are waiting; try again later"
+        assert client.post("/predict", json=body).status_code == 200, "at once, after the rush"
+
+
+def test_an_answer_comes_by_the_deadline_or_not_at_all(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with limited(artifact.folder, deadline_seconds=0.2) as client:
+        monkeypatch.setattr(app.router, "routes", [_rerouted("/predict", slow(0.6))])
+        began = time.monotonic()
+        response = client.post("/predict", json={"rows": []})
+        assert time.monotonic() - began < 0.5
+    assert response.status_code == 504
+    assert response.json()["error"] == "the deadline has passed"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(artifact: Artifact) -> None:
+    """As the server passes it on: it declares four bytes, sends one, and stays."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        if not sent_body:
+            sent_body.append(True)
+            return {"type": "http.request", "body": b"{", "more_body": True}
+        await asyncio.sleep(30)
+        raise AssertionError("it was waited for")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    sent_body: list[bool] = []
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": "/predict",
+        "raw_path": b"/predict", "query_string": b"", "root_path": "", "scheme": "http",
+        "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1), "asgi": {"version": "3.0"},
+        "headers": [(b"content-length", b"4")],
+    }  # fmt: skip
+    with limited(artifact.folder, deadline_seconds=0.2):
+        asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert dict(sent[0]["headers"])[b"connection"] == b"close"
+    assert json.loads(sent[1]["body"])["error"] == "the body did not come in time"
+
+
+def _rerouted(path: str, method: Callable[..., dict[str, Any]]) -> Route:
+    return Route(path, _endpoint(method), methods=["POST"])
