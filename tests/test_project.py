@@ -33,6 +33,7 @@ ENVIRONMENTS = [
     "frappe_x1",
     "leave_one_out",
     "movielens",
+    "prod",
     "redis",
     "test",
 ]
