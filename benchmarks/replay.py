@@ -137,7 +137,9 @@ def store_as_of(data: Path, folder: Path, spec: FeatureSpec, moment: datetime) -
 
 
 @contextmanager
-def service(ranker: Path, repo: FeatureRepo, log: Path) -> Iterator[httpx.Client]:
+def service(
+    ranker: Path, repo: FeatureRepo, log: Path, logged: bool = True
+) -> Iterator[httpx.Client]:
     """The service as a process of its own, stopped in the end, so that its log is written."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,7 +149,7 @@ def service(ranker: Path, repo: FeatureRepo, log: Path) -> Iterator[httpx.Client
         **os.environ,
         "FATHOM_RANKER": str(ranker.resolve()),
         "FATHOM_FEATURE_STORE": json.dumps({"root": str(repo.root), **repo.config.model_dump()}),
-        "FATHOM_FEATURE_LOG": str(log),
+        **({"FATHOM_FEATURE_LOG": str(log)} if logged else {}),
         "BENTOML_HOME": str(home),
         "BENTOML_DO_NOT_TRACK": "True",
         "PYTHONPATH": os.pathsep.join(sys.path[1:]),

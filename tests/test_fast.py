@@ -76,10 +76,12 @@ def requests(draw: st.DrawFn) -> tuple[dict[str, Values], int]:
 def test_a_score_is_the_references(fast: Ranker, request: tuple[dict[str, Values], int]) -> None:
     columns, count = request
     expected = fast.score(spread_frame(columns, count))
-    for most_bytes in (1 << 20, 0):  # with the products of tables and weights kept, and without
-        found = FastScorer(fast, most_bytes).score(columns, count)
-        assert found.shape == (count,)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    for most_bytes in (1 << 20, 3 * 4 * 8, 0):  # room for all items, for three, and for none
+        scorer = FastScorer(fast, most_bytes)
+        for _ in range(2):  # the second time with items that are known
+            found = scorer.score(columns, count)
+            assert found.shape == (count,)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["deepfm", "dcn_v2", "dot_product"])

@@ -6,39 +6,39 @@ first layer of the deep part is a sum over its inputs,
     a^(1) = ReLU(sum_f W_f e_f + b)
 
 with e_f the embedding, the pooled embeddings or the numbers of a column and W_f its columns of the
-weights. So the terms of what candidates share are summed once per request; for a column of items or
-contexts the products W_f e_f of all its values are made once, when the ranker is loaded, and looked
-up; and only numbers that differ between candidates are multiplied by weights, before the other
-layers. The same holds for the wide part's sum. The result is the reference's (`Ranker.score`) up to
-the rounding of sums in another order.
+weights. So the terms of what candidates share are summed once per request. The sum over an item's
+attributes is made when the item is first seen, and kept under their values: an item whose
+attributes change is another one. What is left, numbers above all, is multiplied by weights; then
+come the other layers. The wide part's sum is taken apart in the same way. The result is the reference's
+(`Ranker.score`) up to the rounding of sums in another order.
 
 Models whose deep part is another one are scored by the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fathom.batch import Ragged
-from fathom.encoding import Keys, Values, column_hashes, cross_keys
+from fathom.encoding import Keys, Values, Vocabulary, column_hashes, cross_keys
 from fathom.lookup import spread, spread_frame
 from fathom.models import Model
 from fathom.models.deep import Deep, Embeddings
 from fathom.models.ensemble import Ensemble
 from fathom.models.wide import Wide
 from fathom.ranker import Ranker, sigmoid
-from fathom.spec import Column
 
-#: Most bytes that the products of one table's rows with the first layer may take.
-_MOST_BYTES = 256 << 20
+#: Most bytes that the kept terms of items may take.
+_MOST_BYTES = 128 << 20
 
 Compact = Mapping[str, Values]
 Ints = NDArray[np.int64]
@@ -46,18 +46,22 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Field:
-    """A column that the deep part looks up: its embeddings, and its part of the first layer.
+    """A column that the deep part looks up, and where its inputs stand in the first layer's."""
 
-    Args:
-        table: (R, d) embeddings.
-        weight: (d, H) columns of the first layer.
-        products: (R, H), their product, where it is kept.
-    """
-
-    column: Column
+    name: str
+    vocabulary: Vocabulary
     table: Tensor
-    weight: Tensor
-    products: Tensor | None
+    inputs: slice
+
+    def embed(self, values: Values) -> Tensor:
+        """(n, d) embeddings, of lists their mean."""
+        if isinstance(values, Ragged):
+            ids = torch.from_numpy(self.vocabulary.ids(values.values))
+            offsets = torch.from_numpy(values.offsets.astype(np.int32))
+            return functional.embedding_bag(
+                ids, self.table, offsets, mode="mean", include_last_offset=True
+            )
+        return functional.embedding(torch.from_numpy(self.vocabulary.ids(values)), self.table)
 
 
 class FastScorer:
@@ -65,7 +69,7 @@ class FastScorer:
 
     Args:
         ranker: whose scores it gives; its weights must not change any more.
-        most_bytes: for the products of one table's rows.
+        most_bytes: for the kept terms of items; if there are more items, all are begun anew.
     """
 
     def __init__(self, ranker: Ranker, most_bytes: int = _MOST_BYTES) -> None:
@@ -107,85 +111,126 @@ class FastScorer:
 
     def _split(self, deep: Deep, most_bytes: int) -> None:
         """Take the first layer apart by the columns that it reads."""
-        encoder, embeddings = self._encoder, deep.embeddings
-        linear = [part for part in deep.layers if isinstance(part, torch.nn.Linear)]
-        weights = [(part.weight.detach(), part.bias) for part in linear]
-        first, bias = weights[0]
-        #: Weights and biases of the layers behind the first.
-        self._layers = [(w, None if b is None else b.detach()) for w, b in weights[1:]]
-        self._first_bias = torch.zeros(len(first)) if bias is None else bias.detach()
-        self._numbers = [c for c in encoder.spec.columns if c.is_numeric and c.deep]
-        self._number_weights = first[:, embeddings.columns.numeric].T.contiguous()
-        #: Of each choice of numbers that candidates do not share, the weights of both kinds.
-        self._chosen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
-        columns = encoder.spec.by_name
-        names, parts = embeddings.columns.names, embeddings.columns.parts
-        self._fields = [
-            self._field(embeddings, columns[name], first[:, part], most_bytes)
-            for name, part in dict(zip(names, parts, strict=True)).items()
-            if not columns[name].is_numeric
+        spec, embeddings = self._encoder.spec, deep.embeddings
+        layers = [part for part in deep.layers if isinstance(part, nn.Linear)]
+        first, *self._layers = layers
+        outputs = first.out_features
+        bias = first.bias
+        self._first_bias = torch.zeros(outputs) if bias is None else bias.detach()
+        self._weights = first.weight.detach().T.contiguous()  # (D, H)
+        # Numbers stand last, two inputs each: the value, and whether it is missing.
+        self._numbers = [c.name for c in spec.columns if c.is_numeric and c.deep]
+        self._first_number = embeddings.columns.numeric.start
+        fields = [
+            self._field(embeddings, name, inputs)
+            for name, inputs in zip(embeddings.columns.names, embeddings.columns.parts, strict=True)
+            if not spec.by_name[name].is_numeric
         ]
+        kept = [f for f in fields if spec.owner(f.name) == "item" and not self._is_list(f.name)]
+        self._of_items = kept
+        self._others = [field for field in fields if field not in kept]
+        self._item_weights = self._weights_of(field.inputs for field in kept)
+        self._kept = torch.empty(max(most_bytes // (4 * outputs), 0), outputs)
+        self._places: dict[tuple[str | None, ...], int] = {}
+        self._lock = threading.Lock()
+        #: Of what candidates share and what they do not, the weights of both.
+        self._chosen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
 
-    def _field(
-        self, embeddings: Embeddings, column: Column, weight: Tensor, most_bytes: int
-    ) -> _Field:
-        table = embeddings.table(self._encoder.table_of[column.name]).detach()
-        shared = self._encoder.spec.owner(column.name) == "user"
-        small = len(table) * len(weight) * 4 <= most_bytes
-        products = table @ weight.T if small and not shared else None
-        return _Field(column, table, weight.T.contiguous(), products)
+    def _field(self, embeddings: Embeddings, name: str, inputs: slice) -> _Field:
+        table = self._encoder.table_of[name]
+        return _Field(name, self._encoder.tables[table], embeddings.table(table).detach(), inputs)
+
+    def _is_list(self, name: str) -> bool:
+        return self._encoder.spec.by_name[name].kind != "categorical"
+
+    def _weights_of(self, inputs: Iterable[slice]) -> Tensor:
+        """Rows of the first layer's weights, one part after the other."""
+        parts = [self._weights[part] for part in inputs]
+        return torch.cat(parts) if parts else self._weights[:0]
 
     def _deep(self, columns: Compact, count: int) -> NDArray[np.float64]:
         """(N,) or (1,) logits of the deep part."""
-        common, own = self._first_bias.clone(), None
-        for field in self._fields:
-            term = self._term(field, columns[field.column.name])
-            if len(term) == 1:
-                common += term[0]
-            else:
-                own = term if own is None else own.add_(term)
-        shared, numbers = self._scaled(columns, count)
-        differ = tuple(len(columns[c.name]) != 1 for c in self._numbers)
-        if differ not in self._chosen:
-            chosen = torch.tensor(differ).repeat_interleave(2)
-            self._chosen[differ] = (self._number_weights[~chosen], self._number_weights[chosen])
-        of_shared, of_numbers = self._chosen[differ]
-        common = torch.addmv(common, of_shared.T, shared)
-        hidden = common[None] if own is None else own.add_(common)
-        if numbers is not None:
-            hidden = torch.addmm(hidden, numbers, of_numbers)
-        for weight, bias in self._layers:
-            hidden = functional.linear(functional.relu_(hidden), weight, bias)
+        items = self._of_items
+        apart = all(len(columns[field.name]) == count for field in items)
+        fields = self._others if apart else [*items, *self._others]
+        shared: list[Tensor] = []
+        differ: list[Tensor] = []
+        for field in fields:
+            values = columns[field.name]
+            (shared if len(values) == 1 else differ).append(field.embed(values))
+        numbers = self._scaled(columns)
+        shared.append(numbers[0])
+        if numbers[1] is not None:
+            differ.append(numbers[1])
+        of_shared, of_differ = self._choice(fields, columns, apart)
+        hidden = torch.addmm(self._first_bias, torch.cat(shared, 1), of_shared)
+        if apart and items:
+            hidden = self._item_terms([columns[f.name] for f in items]) + hidden
+        if differ:
+            hidden = torch.addmm(hidden, torch.cat(differ, 1), of_differ)
+        if self._layers:
+            hidden = functional.relu_(hidden)
+        for layer in self._layers:
+            hidden = layer(hidden)
         return hidden[:, 0].double().numpy()
 
-    def _term(self, field: _Field, values: Values) -> Tensor:
-        """(N, H) or (1, H): a column's term of the first layer."""
-        table = field.table if field.products is None else field.products
-        vocabulary = self._encoder.tables[self._encoder.table_of[field.column.name]]
-        if isinstance(values, Ragged):
-            ids = torch.from_numpy(vocabulary.ids(values.values))
-            offsets = torch.from_numpy(values.offsets.astype(np.int32))
-            found = functional.embedding_bag(
-                ids, table, offsets, mode="mean", include_last_offset=True
+    def _choice(
+        self, fields: Sequence[_Field], columns: Compact, apart: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The first layer's weights of the inputs that are shared, and of those that are not."""
+        alike = [len(columns[field.name]) == 1 for field in fields]
+        alike += [len(columns[name]) == 1 for name in self._numbers]
+        key = (apart, *alike)
+        if key not in self._chosen:
+            start = self._first_number
+            inputs = [field.inputs for field in fields]
+            inputs += [slice(start + 2 * i, start + 2 * i + 2) for i in range(len(self._numbers))]
+            places = list(zip(inputs, alike, strict=True))
+            self._chosen[key] = (
+                self._weights_of(part for part, is_shared in places if is_shared),
+                self._weights_of(part for part, is_shared in places if not is_shared),
             )
-        else:
-            found = functional.embedding(torch.from_numpy(vocabulary.ids(values)), table)
-        return found @ field.weight if field.products is None else found
+        return self._chosen[key]
 
-    def _scaled(self, columns: Compact, count: int) -> tuple[Tensor, Tensor | None]:
-        """Numeric inputs, (2S,) of the numbers that are shared and (N, 2C) of the others."""
+    def _scaled(self, columns: Compact) -> tuple[Tensor, Tensor | None]:
+        """Numeric inputs, (1, 2S) of the numbers that are shared and (N, 2C) of the others."""
         alike: list[float] = []
         differ: list[NDArray[Any]] = []
-        for column in self._numbers:
-            values = columns[column.name]
+        for name in self._numbers:
+            values = columns[name]
             assert not isinstance(values, Ragged)
-            scaled = self._encoder.scalers[column.name].scale(values)
+            scaled = self._encoder.scalers[name].scale(values)
             if len(values) == 1:
                 alike += (float(scaled[0]), float(np.isnan(values[0])))
             else:
                 differ += (scaled, np.isnan(values))
-        shared = torch.tensor(alike)
-        return shared, torch.from_numpy(np.stack(differ, 1, dtype=np.float32)) if differ else None
+        others = torch.from_numpy(np.stack(differ, 1, dtype=np.float32)) if differ else None
+        return torch.tensor(alike)[None], others
+
+    # -- what is kept of items -------------------------------------------------------------------
+
+    def _item_terms(self, columns: Sequence[Values]) -> Tensor:
+        """(N, H): the sums over each item's attributes, kept for the next request."""
+        items = list(zip(*(np.asarray(values).tolist() for values in columns), strict=True))
+        with self._lock:
+            new = [item for item in dict.fromkeys(items) if item not in self._places]
+            if len(self._places) + len(new) > len(self._kept):
+                self._places.clear()
+                new = list(dict.fromkeys(items))
+            if len(new) > len(self._kept):
+                return self._sums(items)
+            if new:
+                start = len(self._places)
+                self._kept[start : start + len(new)] = self._sums(new)
+                self._places.update(zip(new, range(start, start + len(new)), strict=True))
+            places = torch.tensor([self._places[item] for item in items])
+            return self._kept.index_select(0, places)
+
+    def _sums(self, items: Sequence[tuple[str | None, ...]]) -> Tensor:
+        """(n, H): the sums over items' attributes."""
+        columns = [np.array(values, object) for values in zip(*items, strict=True)]
+        parts = [f.embed(values) for f, values in zip(self._of_items, columns, strict=True)]
+        return torch.cat(parts, 1) @ self._item_weights
 
     # -- the wide part ---------------------------------------------------------------------------
 
