@@ -9,8 +9,8 @@ with e_f the embedding, the pooled embeddings or the numbers of a column and W_f
 weights. So the terms of what candidates share are summed once per request. The sum over an item's
 attributes is made when the item is first seen, and kept under their values: an item whose
 attributes change is another one. What is left, numbers above all, is multiplied by weights; then
-come the other layers. The wide part's sum is taken apart in the same way. The result is the reference's
-(`Ranker.score`) up to the rounding of sums in another order.
+come the other layers. The wide part's sum is taken apart in the same way. The result is the
+reference's (`Ranker.score`) up to the rounding of sums in another order.
 
 Models whose deep part is another one are scored by the reference.
 """
