@@ -67,7 +67,7 @@ def printed(data: Path) -> list[str]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -181,7 +181,7 @@ def test_features_needs_a_week_before_the_last() -> None:
         env=os.environ | {"PYTHONPATH": "src"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2

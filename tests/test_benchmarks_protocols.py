@@ -190,7 +190,7 @@ def test_an_unknown_protocol_is_refused_with_those_that_there_are() -> None:
         env=os.environ | {"PYTHONPATH": "src"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2

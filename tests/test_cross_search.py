@@ -432,7 +432,7 @@ def test_the_benchmark_prints_a_table_and_ends_with_one_json_object():
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

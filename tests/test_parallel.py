@@ -222,7 +222,7 @@ def test_moments_that_each_process_keeps_become_those_of_all(job: Path, tmp_path
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
     for rank in (0, 1):
         moments = json.loads((tmp_path / "out" / f"{rank}.json").read_text())

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from kedro.framework.project import configure_project, pipelines
 from fathom.ranker import TOLERANCE, Ranker
 from fathom.registry import Registry
 from fathom.runner import ALWAYS
+from ports import free_port
 from projects import Project
 
 pytestmark = pytest.mark.e2e
@@ -175,9 +175,7 @@ def test_commands_show_and_guard_the_champion(run, summary):
 
 
 def _served(project):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "kedro", "serve", "--env", "test", "--port", str(port)],
         cwd=project.folder,

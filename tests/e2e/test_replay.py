@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fathom.feature_log import segments
+from ports import free_port
 from projects import Project
 
 pytestmark = pytest.mark.e2e
@@ -77,9 +77,7 @@ def baskets(project: Project, count: int) -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def served(run: tuple[Project, Any]) -> Served:
     project, _ = run
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["serve", "--env", "test", "--port", str(port), "--feature-log", LOG]
     process = subprocess.Popen(
         [sys.executable, "-m", "kedro", *command],
