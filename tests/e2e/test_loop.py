@@ -105,7 +105,7 @@ def test_the_champion_scores_alone_what_was_scored_in_training(run):
 
 def _again(project, *arguments: str) -> tuple[dict, set[str]]:
     """The figures of one more run, and the nodes that it did not have to run."""
-    done = project.kedro("run", "--env", "test", *arguments, check=False)
+    done = project.forked("run", "--env", "test", *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     summary = project.json("08_reporting/run_summary.json")
     return _figures(summary), set(summary["unchanged"]["nodes"])
@@ -166,10 +166,10 @@ def test_commands_show_and_guard_the_champion(run, summary):
     project, _ = run
     shown = project.kedro("champion", "--env", "test").stdout
     assert f"* {summary['version']}" in shown
-    refused = project.kedro("rollback", "--env", "test", check=False)
+    refused = project.forked("rollback", "--env", "test")
     assert refused.returncode != 0
     assert "has no predecessor to roll back to" in refused.stderr
-    unknown = project.kedro("promote", "nonsense", "--env", "test", check=False)
+    unknown = project.forked("promote", "nonsense", "--env", "test")
     assert unknown.returncode != 0
     assert "no version 'nonsense'" in unknown.stderr
 
