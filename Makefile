@@ -49,9 +49,11 @@ viz: setup
 feast: setup
 	@$(BIN)/feast -c data/04_feature ui --host 127.0.0.1 $(ARGS)
 
+# A process for each core, but no more than four: each takes up to 2 GB, and so may what it starts.
+# Another number: make test ARGS="-n 8"; one process, for a debugger: ARGS="-n 0 --pdb".
 test: setup
 	@echo "==> pytest $(ARGS)"
-	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --cov --cov-report=term $(ARGS)
 
 check: setup
 	@echo "==> lint"

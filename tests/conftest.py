@@ -7,13 +7,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from running_service import Running
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads that spin while they wait would take the cores from the other workers. torch,
+    # scikit-learn and Arrow read this once, on import; what tests start inherits it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+#: One whole run serves all of these.
+TOGETHER = ("tests/e2e/",)
+LONGEST = (*TOGETHER, "tests/faults/")
 
 #: Set before any vendor is imported, since several read these once, on import.
 os.environ.update(
@@ -53,8 +62,29 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield service
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes whole files, so that what the tests of a file share is made once.
+
+    The tests of a folder in `TOGETHER` share more, and go to one worker.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+
+    config.option.loadscopereorder = False  # the order below, not the number of tests
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine lacks; each check is paid for only where a test asks for it."""
+    """The longest first, so that no worker is left alone with them at the end.
+
+    What this machine lacks is skipped; each check is paid for only where a test asks for it.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     for marker, (lacks, reason) in _NEEDS.items():
         marked = [item for item in items if marker in item.keywords]
         if marked and lacks():

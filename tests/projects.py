@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
+
 
 @dataclass(frozen=True)
 class Project:
@@ -23,7 +25,7 @@ class Project:
         return os.environ | {"BENTOML_HOME": str(self.folder / "data/06_models/bentoml")}
 
     def kedro(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a Kedro command in the project."""
+        """Run a Kedro command in the project, as a user does."""
         return subprocess.run(
             [sys.executable, "-m", "kedro", *arguments],
             cwd=self.folder,
@@ -33,6 +35,17 @@ class Project:
             timeout=600,
             check=check,
         )
+
+    def forked(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a Kedro command in a process of its own that finds the vendors imported."""
+        given = ("-m", "kedro", *arguments)
+        return forks.python(*given, folder=self.folder, environment=self.environment)
+
+    def killed(self, line: str, *arguments: str, seconds: float = 0.3) -> None:
+        """Start such a process and kill it a while after it has logged a line."""
+        given = (line, "-m", "kedro", *arguments)
+        environment = self.environment
+        forks.kill_after(*given, folder=self.folder, seconds=seconds, environment=environment)
 
     def json(self, path: str) -> Any:
         return json.loads((self.folder / "data/test" / path).read_text(encoding="utf-8"))

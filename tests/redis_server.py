@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from ports import free_port
+
 #: Patient, for tests on a busy machine. Without ``retry=null`` redis-py tries for seconds.
 OPTIONS = "socket_connect_timeout=5,socket_timeout=5,retry=null"
 
@@ -27,7 +29,7 @@ class RedisServer:
     """
 
     def __init__(self, options: str = OPTIONS, password: str = "") -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.settings = {
             "type": "redis",
             "connection_string": f"127.0.0.1:{self.port},{options}",
@@ -107,9 +109,3 @@ class RedisServer:
                 return connection.makefile("r").readline().strip()
         except OSError:
             return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

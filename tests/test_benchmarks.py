@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import fathom
+import forks
 from fathom.config import TrainingConfig
 from fathom.encoding import fit_encoder
 from fathom.feature_store import to_arrow
@@ -64,14 +63,8 @@ def seeds() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def printed(data: Path) -> list[str]:
     """The lines that a quick run prints."""
-    done = subprocess.run(
-        [sys.executable, "benchmarks/seeds.py", "--quick", "--json", "--data", str(data)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    done = forks.python(
+        "benchmarks/seeds.py", *("--quick", "--json", "--data", str(data)), folder=ROOT
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -160,15 +153,7 @@ def test_a_spread_needs_two_seeds(
 @pytest.mark.slow
 def test_features_counts_a_week_and_all_weeks_alike_and_says_what_each_costs() -> None:
     command = ["benchmarks/features.py", "--weeks", "3", "--rows", "400", "--json"]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = forks.python(*command, folder=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "full and incremental: equal, every row of every view" in done.stdout
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -178,15 +163,7 @@ def test_features_counts_a_week_and_all_weeks_alike_and_says_what_each_costs() -
 
 
 def test_features_needs_a_week_before_the_last() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/features.py", "--weeks", "1"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": "src"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = forks.python("benchmarks/features.py", "--weeks", "1", folder=ROOT)
     assert done.returncode == 2
     assert "--weeks [1], --rows 50000: 2 weeks and 100 rows at least" in done.stderr
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import forks
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,14 +29,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, Modul
 @pytest.fixture(scope="module")
 def printed() -> list[str]:
     """The lines of a quick run."""
-    done = subprocess.run(
-        [sys.executable, "benchmarks/online_reads.py", "--quick", "--rounds", "10", "--json"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = forks.python(
+        "benchmarks/online_reads.py", *("--quick", "--rounds", "10", "--json"), folder=ROOT
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+import forks
 from fathom.encoding import fit_encoder
 from small_ranker import SPEC, plain_frame
 
@@ -170,9 +169,7 @@ def test_every_contestant_has_its_script_and_every_environment_its_requirements(
 
 
 def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = forks.python(*command, folder=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -218,15 +215,7 @@ def test_fathom_also_trains_on_the_splits_and_settings_of_a_run(tmp_path: Path) 
 
 def figures_of(name: str, *options: str) -> dict[str, Any]:
     """What a script in ``benchmarks/training`` measures, small."""
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/training/{name}", *options, "--json"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = forks.python(f"benchmarks/training/{name}", *options, "--json", folder=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -234,7 +223,7 @@ def figures_of(name: str, *options: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_growth_measures_a_step_for_each_size() -> None:
-    small, large = figures_of("growth.py", "--rows", "26000", "520000")["runs"]
+    small, large = figures_of("growth.py", "--rows", "26000", "520000", "--batch", "128")["runs"]
     assert (small["rows"], large["rows"]) == (26_000, 520_000)
     assert small["step_ms"] > 0
     # For each row more 16 weights and a sum; in 28 slots, not 26, a wide weight and two states.
@@ -244,10 +233,10 @@ def test_growth_measures_a_step_for_each_size() -> None:
 
 @pytest.mark.slow
 def test_streaming_trains_from_disk_and_from_memory(tmp_path: Path) -> None:
-    sizes = ("--rows", "40960", "--window", "8192", "--windows", "3", "--precision", "float32")
+    sizes = ("--rows", "16384", "--window", "4096", "--windows", "2", "--precision", "float32")
     found = figures_of("streaming.py", "--folder", str(tmp_path / "log"), *sizes)
-    assert found["rows"] == 40_960
+    assert found["rows"] == 16_384
     for kind in ("memory", "disk"):
-        assert found["runs"][kind]["steps"] == 3 * 8192 // 4096
+        assert found["runs"][kind]["steps"] == 2 * 4096 // 4096
         assert found["runs"][kind]["examples_per_second"] > 0
-    assert (tmp_path / "log" / "label.npy").stat().st_size > 40_960 * 4, "kept, for another run"
+    assert (tmp_path / "log" / "label.npy").stat().st_size > 16_384 * 4, "kept, for another run"

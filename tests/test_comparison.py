@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -23,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import forks
 from fathom.batch import Ragged
 from fathom.comparison import (
     ComparisonConfig,
@@ -610,23 +606,8 @@ test_comparison.trained(Path(sys.argv[1]))
 
 
 def _kill_after(line: str, folder: Path) -> None:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
-    assert process.stderr is not None
-    said = []
-    for logged in process.stderr:
-        said.append(logged)
-        if line in logged:
-            time.sleep(0.05)  # some way into what follows
-            process.kill()
-            break
-    process.stderr.close()
-    assert process.wait(30) == -signal.SIGKILL, "".join(said)[-3000:]
+    here = Path(__file__).parent
+    forks.kill_after(line, "-c", SCRIPT, str(folder), folder=here, seconds=0.05)
 
 
 @pytest.mark.slow

@@ -7,8 +7,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import forks
 from fathom.batch import Ragged
 from fathom.config import TrainingConfig
 from fathom.cross_search import (
@@ -426,14 +425,8 @@ def test_settings_out_of_bounds_are_refused(setting, value, message):
 
 
 def test_the_benchmark_prints_a_table_and_ends_with_one_json_object():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/cross_search.py", "--quick", "--rows", "2000", "--json"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = forks.python(
+        "benchmarks/cross_search.py", *("--quick", "--rows", "2000", "--json"), folder=ROOT
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+import forks
 import small_store
 from fathom import features
 from fathom.batch import Ragged
@@ -695,8 +695,10 @@ def test_a_store_that_does_not_keep_what_is_written_is_an_error(counted: small_s
         repo.materialise(counted.spec, counted.until)
 
 
-def child(repo: FeatureRepo, spec: FeatureSpec, until: datetime, store: str) -> Any:
-    """A process that materialises, on another class of store over the same file."""
+def child(
+    repo: FeatureRepo, spec: FeatureSpec, until: datetime, store: str
+) -> tuple[BaseProcess, Path]:
+    """A process that materialises, on another class of store over the same file; what it says."""
     code = """
 import json, sys
 from datetime import datetime
@@ -710,13 +712,8 @@ repo.materialise(FeatureSpec.from_json(spec), datetime.fromisoformat(until))
     path = {"path": str(repo.folder / "online.db")}
     config = repo.config.model_copy(update={"online_store": {"type": store, **path}})
     arguments = [str(repo.root), config.model_dump_json(), spec.to_json(), until.isoformat()]
-    here = str(Path(__file__).parent)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    said = Path(tempfile.mkdtemp(dir=repo.root))
+    return forks.start("-c", code, *arguments, folder=repo.root, said=said), said / "err"
 
 
 STORE = FeatureStoreConfig().online_store["type"]
@@ -726,8 +723,9 @@ def test_a_killed_materialisation_is_made_good_by_the_next(tmp_path: Path):
     spec = a_spec(named("user_id item_id tier user_acts pair_acts"), [])
     made = small_store.written(tmp_path, spec, small_store.generated())
     made.repo.apply(spec)
-    killed = child(made.repo, spec, made.until, "odd_stores.DyingSqliteOnlineStore")
-    assert killed.wait(120) == -signal.SIGKILL, killed.stderr.read()
+    killed, said = child(made.repo, spec, made.until, "odd_stores.DyingSqliteOnlineStore")
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL, said.read_text()
     # It died in its second view: the first is whole, and nothing says that the rest is.
     assert made.repo.materialised(spec) is None
     made.repo.materialise(spec, made.until)
@@ -740,8 +738,9 @@ def test_a_killed_materialisation_is_made_good_by_the_next(tmp_path: Path):
 def test_two_materialisations_at_once_take_turns(counted: small_store.Store):
     repo, spec, until = counted.repo, counted.spec, counted.until
     both = [child(repo, spec, moment, STORE) for moment in (until - 7 * DAY, until)]
-    for process in both:
-        assert process.wait(180) == 0, process.stderr.read()
+    for process, said in both:
+        process.join(180)
+        assert process.exitcode == 0, said.read_text()
     moment = repo.materialised(spec)
     assert moment in (until - 7 * DAY, until)  # whichever came last
     acts = [r for r in rows_of(counted.tables["interactions"]) if r["user_id"] == "u2"]

@@ -29,6 +29,7 @@ from packaging.utils import canonicalize_name
 from fathom import api, packaging
 from fathom.packaging import DryRunError, PackagingError, build_bento, dry_run, import_ranker
 from fathom.ranker import TOLERANCE, ArtifactError, verify
+from ports import free_port
 from small_ranker import Artifact, feature_store, register
 
 HOME = Path(os.environ["BENTOML_HOME"])
@@ -406,7 +407,7 @@ def served(
     """The Bento with its feature store, as ``kedro serve`` runs it: its URL, what it printed."""
     store = tmp_path_factory.mktemp("store")
     feature_store(store)
-    port = packaging._free_port()
+    port = free_port()
     script = (
         "from pathlib import Path\n"
         "from fathom import packaging\n"

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import forks
 from fathom import checkpoint
 from fathom.batch import Batch, Ragged
 from fathom.parallel import Group
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,25 +69,61 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def started(job: Path, checkpoints: Path, processes: int, *options: str) -> subprocess.Popen[str]:
-    """A training by the command that the README shows."""
-    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*(by if processes > 1 else []), "-m", "fathom.training", job, checkpoints, *options]
-    return subprocess.Popen(
-        [sys.executable, *command],
+def by_torchrun(job: Path, checkpoints: Path) -> str:
+    """Two processes by the command that the README shows; returns what was said."""
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *by, "-m", "fathom.training", job, checkpoints],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        start_new_session=True,
+        timeout=300,
     )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+Started = list[tuple[BaseProcess, Path]]
+
+
+def started(count: int, *command: object) -> Started:
+    """As many processes, told what `torchrun` tells them; beside each, where it speaks."""
+    port = str(free_port())
+    processes = []
+    for rank in range(count):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "TORCHELASTIC_RUN_ID": "x"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | address | {name: str(value) for name, value in told.items()}
+        said = Path(tempfile.mkdtemp())
+        arguments = [str(word) for word in command]
+        given = environment if count > 1 else None
+        process = forks.start(*arguments, folder=ROOT, said=said, environment=given)
+        processes.append((process, said))
+    return processes
+
+
+def ended(processes: Started) -> str:
+    """What they said, all together, once they have ended well."""
+    texts = []
+    for process, said in processes:
+        process.join(300)
+        texts.append((said / "err").read_text(encoding="utf-8"))
+        shutil.rmtree(said)
+    assert {process.exitcode for process, _ in processes} == {0}, "\n".join(texts)[-4000:]
+    return "\n".join(texts)
 
 
 def run(job: Path, checkpoints: Path, processes: int, *options: str) -> str:
     """A training from start to end; returns what was said."""
-    process = started(job, checkpoints, processes, *options)
-    _, said = process.communicate(timeout=180)
-    assert process.returncode == 0, said[-4000:]
-    return said
+    return ended(started(processes, "-m", "fathom.training", job, checkpoints, *options))
+
+
+@pytest.fixture(scope="module")
+def alone(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of one process."""
+    checkpoints = tmp_path_factory.mktemp("alone") / "checkpoints"
+    run(job, checkpoints, 1)
+    return checkpoints
 
 
 def arrays(checkpoints: Path) -> dict[str, np.ndarray]:
@@ -92,21 +133,20 @@ def arrays(checkpoints: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_two_processes_train_what_one_trains(job: Path, tmp_path: Path):
+def test_two_processes_train_what_one_trains(job: Path, alone: Path, tmp_path: Path):
     """Weights and optimizer states agree to 1e-4: only the order of float32 sums differs."""
-    run(job, tmp_path / "one", 1)
-    said = run(job, tmp_path / "two", 2)
-    one, two = arrays(tmp_path / "one"), arrays(tmp_path / "two")
+    said = by_torchrun(job, tmp_path / "two")
+    one, two = arrays(alone), arrays(tmp_path / "two")
     assert set(one) == set(two)
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     histories = [
-        checkpoint.state_of(checkpoint.latest(tmp_path / name))["history"]
-        for name in ("one", "two")
+        checkpoint.state_of(checkpoint.latest(path))["history"]
+        for path in (alone, tmp_path / "two")
     ]
-    for alone, together in zip(*histories, strict=True):
-        assert together["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-6)
-        assert together["validation_loss"] == pytest.approx(alone["validation_loss"], abs=1e-6)
+    for single, together in zip(*histories, strict=True):
+        assert together["train_loss"] == pytest.approx(single["train_loss"], abs=1e-6)
+        assert together["validation_loss"] == pytest.approx(single["validation_loss"], abs=1e-6)
     assert said.count("best epoch") == 1, "one of them speaks for both"
 
     # What two have finished, one goes on from: there is nothing left to do.
@@ -115,25 +155,24 @@ def test_two_processes_train_what_one_trains(job: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_tables_spread_over_two_processes_end_as_whole_ones(job: Path, tmp_path: Path):
+def test_tables_spread_over_two_processes_end_as_whole_ones(job: Path, alone: Path, tmp_path: Path):
     """Each process holds every other row; checkpoints are of whole tables all the same."""
-    run(job, tmp_path / "whole", 1)
     run(job, tmp_path / "spread", 2, "--shard-tables")
     for folder in (checkpoint.latest, lambda path: next(path.glob("best-*"))):
         whole, spread = (
-            {file.stem: np.load(file) for file in folder(tmp_path / name).glob("*.npy")}
-            for name in ("whole", "spread")
+            {file.stem: np.load(file) for file in folder(path).glob("*.npy")}
+            for path in (alone, tmp_path / "spread")
         )
         assert set(whole) == set(spread)
         for name, value in whole.items():
             np.testing.assert_allclose(spread[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     histories = [
-        checkpoint.state_of(checkpoint.latest(tmp_path / name))["history"]
-        for name in ("whole", "spread")
+        checkpoint.state_of(checkpoint.latest(path))["history"]
+        for path in (alone, tmp_path / "spread")
     ]
-    for alone, together in zip(*histories, strict=True):
+    for single, together in zip(*histories, strict=True):
         for figure in ("train_loss", "validation_loss", "wide_zero_share"):
-            assert together[figure] == pytest.approx(alone[figure], abs=1e-6)
+            assert together[figure] == pytest.approx(single[figure], abs=1e-6)
     # One process, whose tables are whole, goes on from them, and so do three, of other parts.
     assert "going on from" in run(job, tmp_path / "spread", 1)
     assert "going on from" in run(job, tmp_path / "spread", 3, "--shard-tables")
@@ -161,14 +200,18 @@ def test_killed_within_an_epoch_two_processes_end_as_if_they_were_not(
     (other / "job.json").write_text(json.dumps(described))
 
     run(other, tmp_path / "undisturbed", 2, *options)
-    process = started(other, tmp_path / "killed", 2, *options)
+    processes = started(2, "-m", "fathom.training", other, tmp_path / "killed", *options)
     give_up = time.monotonic() + 120
     while not within_an_epoch(tmp_path / "killed"):
-        assert process.poll() is None, "it ended before there was a checkpoint within an epoch"
+        assert all(process.is_alive() for process, _ in processes), "it ended too early"
         assert time.monotonic() < give_up
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    for process, _ in processes:
+        process.kill()
+    for process, said in processes:
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        shutil.rmtree(said)
     assert "going on from" in run(other, tmp_path / "killed", 2, *options)
 
     undisturbed, resumed = (arrays(tmp_path / name) for name in ("undisturbed", "killed"))
@@ -216,14 +259,7 @@ def test_moments_that_each_process_keeps_become_those_of_all(job: Path, tmp_path
     (other / "job.json").write_text(json.dumps(described))
     (tmp_path / "agree.py").write_text(AGREE)
     (tmp_path / "out").mkdir()
-    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [sys.executable, *by, tmp_path / "agree.py", other, tmp_path / "out"],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    ended(started(2, tmp_path / "agree.py", other, tmp_path / "out"))
     for rank in (0, 1):
         moments = json.loads((tmp_path / "out" / f"{rank}.json").read_text())
         assert len(moments) == 6, "of the attention's layer and of two hidden ones"

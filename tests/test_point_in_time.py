@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,8 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+import forks
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,13 +132,8 @@ def test_the_plot_has_a_point_for_each_measurement_on_both_sides(benchmark: Modu
 def test_the_script_prints_tables_and_ends_with_one_json_object(tmp_path: Path) -> None:
     plot = tmp_path / "results" / "plot.svg"
     few = ["--stores", "fathom", "--events", "300", "--sizes", "300"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/point_in_time.py", *few, "--json", "--plot", str(plot)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = forks.python(
+        "benchmarks/point_in_time.py", *few, "--json", "--plot", str(plot), folder=ROOT
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

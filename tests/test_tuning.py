@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import forks
 from fathom.batch import Batch, Layout
 from fathom.config import TrainingConfig
 from fathom.training import train
@@ -150,23 +146,8 @@ test_tuning.searched(Path(sys.argv[1]), test_tuning.SLOW, trials=99)
 
 
 def _kill_after(line: str, storage: Path) -> None:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(storage)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
-    assert process.stderr is not None
-    log = []
-    for said in process.stderr:
-        log.append(said)
-        if line in said:
-            time.sleep(0.1)  # some way into the next trial
-            process.kill()
-            break
-    process.stderr.close()
-    assert process.wait(30) == -signal.SIGKILL, "".join(log)[-3000:]
+    here = Path(__file__).parent
+    forks.kill_after(line, "-c", SCRIPT, str(storage), folder=here, seconds=0.1)
 
 
 @pytest.mark.slow

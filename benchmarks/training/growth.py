@@ -18,11 +18,11 @@ import time
 
 import numpy as np
 
-FIELDS, CROSSES, WIDTH, BATCH = 26, 2, 16, 4096
+FIELDS, CROSSES, WIDTH = 26, 2, 16
 WARM_UP, STEPS = 10, 40
 
 
-def measure(rows: int) -> dict[str, float]:
+def measure(rows: int, batch_size: int) -> dict[str, float]:
     """Train `STEPS` steps of tables with ``rows`` rows in all."""
     import torch
 
@@ -35,7 +35,7 @@ def measure(rows: int) -> dict[str, float]:
     from fathom.step import Optimizers, losses
 
     training._keep_freed_memory()
-    draw, examples = np.random.default_rng(0), BATCH * (WARM_UP + STEPS)
+    draw, examples = np.random.default_rng(0), batch_size * (WARM_UP + STEPS)
     size = rows // FIELDS
 
     def ids(fields: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def measure(rows: int) -> dict[str, float]:
     )
     config = TrainingConfig(
         hidden=(400, 400, 400),
-        batch_size=BATCH,
+        batch_size=batch_size,
         embedding_optimizer="rowwise_adagrad",
         precision="bfloat16",
         device="cpu",
@@ -65,10 +65,10 @@ def measure(rows: int) -> dict[str, float]:
     model.train()
     optimizers = Optimizers(model, config)
     seconds = []
-    for examples_ in Feed(batch, BATCH, examples, seed=0).epoch(1):
+    for examples_ in Feed(batch, batch_size, examples, seed=0).epoch(1):
         started = time.perf_counter()
-        loss = losses(model(examples_.inputs), examples_.label, "binary").sum() / BATCH
-        optimizers.step(loss, BATCH, 1.0)
+        loss = losses(model(examples_.inputs), examples_.label, "binary").sum() / batch_size
+        optimizers.step(loss, batch_size, 1.0)
         seconds.append(time.perf_counter() - started)
     weights = sum(w.numel() for w in model.parameters())
     states = sum(t.numel() for t in optimizers.tensors().values())
@@ -87,16 +87,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a step costs as tables grow.")
     sizes = [1_000_000, 5_000_000, 20_000_000, 50_000_000]
     parser.add_argument("--rows", type=int, nargs="+", default=sizes, help="of all tables together")
+    parser.add_argument("--batch", type=int, default=4096, help="examples a step (%(default)s)")
     parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(given.one)))
+        print(json.dumps(measure(given.one, given.batch)))
         return
     found = []
     print("      rows   ms a step   weights and states MB   peak MB")
     for rows in given.rows:
-        command = [sys.executable, __file__, "--one", str(rows)]
+        command = [sys.executable, __file__, "--one", str(rows), "--batch", str(given.batch)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         run = found[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,15 @@ from typing import Any
 import httpx
 import pytest
 
+from ports import free_port
+
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
 def page(run: Any) -> Iterator[str]:
     """`feast ui` as a process, as `make feast` starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     feast = Path(sys.executable).with_name("feast")
     process = subprocess.Popen(
         [feast, "-c", "data/test/04_feature", "ui", "--host", "127.0.0.1", "--port", str(port)],

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from kedro.framework.project import configure_project, pipelines
 from fathom.ranker import TOLERANCE, Ranker
 from fathom.registry import Registry
 from fathom.runner import ALWAYS
+from ports import free_port
 from projects import Project
 
 pytestmark = pytest.mark.e2e
@@ -105,7 +105,7 @@ def test_the_champion_scores_alone_what_was_scored_in_training(run):
 
 def _again(project, *arguments: str) -> tuple[dict, set[str]]:
     """The figures of one more run, and the nodes that it did not have to run."""
-    done = project.kedro("run", "--env", "test", *arguments, check=False)
+    done = project.forked("run", "--env", "test", *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     summary = project.json("08_reporting/run_summary.json")
     return _figures(summary), set(summary["unchanged"]["nodes"])
@@ -166,18 +166,16 @@ def test_commands_show_and_guard_the_champion(run, summary):
     project, _ = run
     shown = project.kedro("champion", "--env", "test").stdout
     assert f"* {summary['version']}" in shown
-    refused = project.kedro("rollback", "--env", "test", check=False)
+    refused = project.forked("rollback", "--env", "test")
     assert refused.returncode != 0
     assert "has no predecessor to roll back to" in refused.stderr
-    unknown = project.kedro("promote", "nonsense", "--env", "test", check=False)
+    unknown = project.forked("promote", "nonsense", "--env", "test")
     assert unknown.returncode != 0
     assert "no version 'nonsense'" in unknown.stderr
 
 
 def _served(project):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "kedro", "serve", "--env", "test", "--port", str(port)],
         cwd=project.folder,

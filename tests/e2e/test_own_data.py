@@ -117,7 +117,7 @@ def _auc(project) -> float:
 
 
 def test_configuration_alone_takes_a_new_data_set_through_the_loop(project):
-    done = project.kedro("run", "--env", "films", check=False)
+    done = project.forked("run", "--env", "films")
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((project.folder / "data/films/08_reporting/run_summary.json").read_text())
     assert summary["rows"]["in"] == 6000 + 40 + len(_viewers(project))
@@ -137,13 +137,9 @@ def test_three_lines_of_yaml_add_two_features_and_their_cross(project):
     added = [line for line in features.splitlines() if line not in FEATURES.splitlines()]
     assert len(added) == 3
     (project.folder / "conf/films/parameters_features.yml").write_text(features)
-    done = project.kedro(
-        "run",
-        "--env",
-        "films",
-        "--pipelines",
-        "validation,features,feature_store,training,evaluation",
-        check=False,
+    done = project.forked(
+        *("run", "--env", "films"),
+        *("--pipelines", "validation,features,feature_store,training,evaluation"),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     after = _candidate(project)

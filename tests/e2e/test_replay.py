@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import forks
 from fathom.feature_log import segments
+from ports import free_port
 from projects import Project
 
 pytestmark = pytest.mark.e2e
@@ -43,7 +44,7 @@ class Served:
         return self.project.folder / LOG
 
     def replay(self) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-        done = self.project.kedro("run", "--env", "test", "--pipelines", "replay", check=False)
+        done = self.project.forked("run", "--env", "test", "--pipelines", "replay")
         return done, self.project.json("08_reporting/replay.json")
 
 
@@ -77,9 +78,7 @@ def baskets(project: Project, count: int) -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def served(run: tuple[Project, Any]) -> Served:
     project, _ = run
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["serve", "--env", "test", "--port", str(port), "--feature-log", LOG]
     process = subprocess.Popen(
         [sys.executable, "-m", "kedro", *command],
@@ -155,17 +154,8 @@ def test_a_value_that_differs_fails_the_run(served: Served):
 def test_the_benchmark_serves_a_week_as_of_the_week_before(root: Path, served: Served):
     """The online store of a week ago, and the exposures that followed."""
     data = served.project.folder / "data/test"
-    done = subprocess.run(
-        [
-            *(sys.executable, "benchmarks/replay.py", "--data", str(data)),
-            *("--exposures", "200", "--json"),
-        ],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = forks.python(
+        *("benchmarks/replay.py", "--data", str(data), "--exposures", "200", "--json"), folder=root
     )
     assert done.returncode == 0, done.stderr[-4000:]
     figures = json.loads(done.stdout.splitlines()[-1])

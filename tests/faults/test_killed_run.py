@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 
 from projects import make_project
@@ -21,30 +15,8 @@ NODES = ["validate_raw", "summarise_logs", "materialise_online", "train_candidat
 SLICE = "source.household_share=0.012,training.epochs=1"
 
 
-def _run_and_kill(project, node: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kedro", "run", "--env", "test", "--params", SLICE],
-        cwd=project.folder,
-        env=project.environment | {"PYTHONUNBUFFERED": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    log = []
-    for line in process.stderr:
-        log.append(line)
-        if f"Running node: {node}:" in line:
-            time.sleep(0.3)
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-    process.stderr.close()
-    assert process.wait(30) == -signal.SIGKILL, "".join(log)[-3000:]
-
-
 def _finish(project) -> dict:
-    done = project.kedro("run", "--env", "test", "--params", SLICE, check=False)
+    done = project.forked("run", "--env", "test", "--params", SLICE)
     assert done.returncode == 0, done.stderr[-4000:]
     summary = project.json("08_reporting/run_summary.json")
     for varies in ("seconds", "unchanged", "peak_memory_mb"):
@@ -55,6 +27,6 @@ def _finish(project) -> dict:
 def test_a_run_killed_at_any_stage_can_simply_be_run_again(root, tmp_path):
     killed = make_project(root, tmp_path / "killed")
     for node in NODES:
-        _run_and_kill(killed, node)
+        killed.killed(f"Running node: {node}:", "run", "--env", "test", "--params", SLICE)
     undisturbed = make_project(root, tmp_path / "undisturbed")
     assert _finish(killed) == _finish(undisturbed)

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.e2e
 KILLS = 50
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["fathom.training"])
 
 
 def examples(rows: int, seed: int) -> Batch:
@@ -42,7 +41,9 @@ def examples(rows: int, seed: int) -> Batch:
 
 @pytest.fixture(scope="module", autouse=True)
 def _stop_the_server() -> Iterator[None]:
-    """The fork server and what tracks its resources end with these tests, not with the session."""
+    """These tests have a fork server of their own, and it and what tracks its resources end."""
+    forkserver._forkserver._stop()
+    SERVER.set_forkserver_preload(["fathom.training"])
     yield
     forkserver._forkserver._stop()
     resource_tracker._resource_tracker._stop()

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from fathom.online import OnlineFeatures
 from fathom.registry import Registry
 from fathom.replay import ReplayConfig, judge, replay
 from fathom.service import FEATURE_LOG, FEATURE_STORE, RANKER, SERVING
+from ports import free_port
 from redis_server import RedisServer
 from small_ranker import DAYS, SPEC, START, USERS, feature_store, register
 
@@ -115,11 +115,9 @@ def service(
     registry = Registry(tmp_path / "registry")
     artifact = register(tmp_path / "ranker")
     version = registry.register(artifact.ranker.save)
-    with RedisServer(conf_options()) as server, socket.socket() as free:
+    with RedisServer(conf_options()) as server:
         repo = on_redis(tmp_path / "store", server)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+        port = free_port()
         environment = os.environ | {
             RANKER: str(registry.path(version)),
             FEATURE_STORE: json.dumps({"root": str(repo.root), **repo.config.model_dump()}),

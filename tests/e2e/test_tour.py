@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-TOUR = Path(__file__).parents[1] / "notebooks" / "tour.ipynb"
+from projects import Project
+
+TOUR = Path(__file__).parents[2] / "notebooks" / "tour.ipynb"
 TIMEOUT_SECONDS = 300
 MAX_BYTES = 100_000
 
@@ -48,13 +51,14 @@ def test_the_committed_outputs_are_small_and_tied_to_no_machine(
 
 
 @pytest.mark.e2e
-def test_the_tour_runs_from_the_top(tour: nbformat.NotebookNode) -> None:
-    """Where there is no run of the `test` environment yet, the notebook makes one first."""
+def test_the_tour_runs_from_the_top(tour: nbformat.NotebookNode, run: tuple[Project, Any]) -> None:
+    """In a project with a run of the `test` environment; where there is none, it makes one."""
+    folder = run[0].folder / "notebooks"
+    folder.mkdir()
     for cell in code_cells(tour):
         cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(
-        tour, timeout=TIMEOUT_SECONDS, resources={"metadata": {"path": str(TOUR.parent)}}
-    )
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(tour, timeout=TIMEOUT_SECONDS, resources=resources)
     client.execute()  # raises if a cell does; the cells check what they show
     texts = printed(tour)
     assert "household_id product_id basket_id → bought" in texts["spec"]
