@@ -17,6 +17,7 @@ import psutil
 
 from fathom import packaging
 from fathom.service import FEATURE_STORE, RANKER
+from ports import free_port
 from small_ranker import Artifact, feature_store, register
 
 
@@ -33,7 +34,7 @@ def running(folder: Path) -> Iterator[Running]:
     """A service with its feature store, ready; everything is written below a folder."""
     artifact = register(folder / "ranker")
     repo = feature_store(folder)
-    port = packaging._free_port()
+    port = free_port()
     url, log = f"http://127.0.0.1:{port}", folder / "log"
     # fmt: off
     command = [

@@ -378,7 +378,7 @@ def test_golden_requests_that_prove_nothing_are_refused(golden: tuple[Any, Any])
 @pytest.mark.e2e
 def test_the_server_ends_with_the_process_that_started_it(bento: str, tmp_path: Path) -> None:
     """However that process ends: a killed run leaves no server behind."""
-    port = packaging._free_port()
+    port = free_port()
     arguments = ["serve", bento, "--host", "127.0.0.1", "--port", str(port)]
     server = psutil.Popen(
         [sys.executable, "-c", packaging._LAUNCH, *arguments],

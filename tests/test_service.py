@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -51,6 +52,7 @@ from fathom.service import (
     serving_config,
 )
 from fathom.serving import OnlineStore, ServingConfig
+from running_service import Running
 from small_ranker import SPEC, Artifact, feature_store, register
 
 CONTEXT = {"shelf": "low", "shop": "shop1", "discount": 0.1}
@@ -951,3 +953,17 @@ def test_a_body_that_does_not_come_is_not_waited_for(artifact: Artifact) -> None
 
 def _rerouted(path: str, method: Callable[..., dict[str, Any]]) -> Route:
     return Route(path, _endpoint(method), methods=["POST"])
+
+
+def test_a_running_service_says_who_serves_and_where_time_goes(service: Running) -> None:
+    asked = rank()
+    assert httpx.post(f"{service.url}/rank", json=asked, trust_env=False).status_code == 200
+    text = httpx.get(f"{service.url}/metrics", trust_env=False).text
+    assert f'fathom_model{{version="{service.artifact.version}"}} 1.0' in text
+    for stage in ("wait", "parse", "features", "score", "write"):
+        found = re.search(rf'fathom_stage_seconds_count{{stage="{stage}"}} (\S+)', text)
+        assert found is not None, stage
+        assert float(found[1]) >= 1
+    as_of = re.search(r"^fathom_tables_as_of_seconds (\S+)", text, re.MULTILINE)
+    assert as_of is not None
+    assert float(as_of[1]) > 1_700_000_000

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from prometheus_client import Counter, Gauge, Histogram
+
+#: Upper bounds of durations, seconds.
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Prometheus counters, each under ``fathom_<name>_total``."""
+    """Prometheus counters, each under ``fathom_<name>_total``, and three others.
+
+    Args:
+        stages: seconds of a request by its ``stage``: ``wait`` for its turn, then ``parse``,
+            ``features``, ``score``, ``explain`` and ``write`` (``fathom_stage_seconds``).
+        models: 1 for the ``version`` that serves, 0 for those before (``fathom_model``).
+        tables_as_of: the moment whose state the features of items and contexts are, in seconds
+            since 1970 (``fathom_tables_as_of_seconds``).
+    """
 
     ranked_items: Counter
     unknown_items: Counter
@@ -27,6 +41,18 @@ class Metrics:
     turned_away: Counter
     late: Counter
     refused_keys: Counter
+    stages: Histogram
+    models: Gauge
+    tables_as_of: Gauge
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a part of a request."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages.labels(stage=name).observe(time.perf_counter() - began)
 
 
 @cache
@@ -35,7 +61,7 @@ def metrics() -> Metrics:
 
     Not before: BentoML's server says where metrics go only after it has loaded the service.
     """
-    from prometheus_client import Counter
+    from prometheus_client import Counter, Gauge, Histogram
 
     said = {
         "ranked_items": "Candidates ranked",
@@ -52,4 +78,20 @@ def metrics() -> Metrics:
         "late": "Requests that were not done by their deadline",
         "refused_keys": "Requests without a valid API key",
     }
-    return Metrics(**{name: Counter(f"fathom_{name}", text) for name, text in said.items()})
+    return Metrics(
+        **{name: Counter(f"fathom_{name}", text) for name, text in said.items()},
+        stages=Histogram(
+            "fathom_stage_seconds", "Seconds of a request by stage", ["stage"], buckets=_SECONDS
+        ),
+        models=Gauge(
+            "fathom_model",
+            "1 for the version that serves",
+            ["version"],
+            multiprocess_mode="mostrecent",
+        ),
+        tables_as_of=Gauge(
+            "fathom_tables_as_of_seconds",
+            "The moment of the features of items and contexts, seconds since 1970",
+            multiprocess_mode="mostrecent",
+        ),
+    )

@@ -176,22 +176,25 @@ class Ranking:
 
     def rank(self, body: bytes, request_id: str) -> Answer:
         """Look up the features of candidates, score and sort them."""
-        spec = self.ranker.spec
-        request = api.parse(api.RankRequest, body)
-        faults: list[dict[str, str]] = []
-        moment = api.moment_of(request.timestamp, faults)
-        candidates = _candidates(request, spec, faults)
-        if request.attribute:
-            faults += _attribution_faults(len(candidates), self.ranker)
-        if faults:
-            raise api.refused(faults)
-        features = self.store.require()
+        spec, stage = self.ranker.spec, metrics().stage
+        with stage("parse"):
+            request = api.parse(api.RankRequest, body)
+            faults: list[dict[str, str]] = []
+            moment = api.moment_of(request.timestamp, faults)
+            candidates = _candidates(request, spec, faults)
+            if request.attribute:
+                faults += _attribution_faults(len(candidates), self.ranker)
+            if faults:
+                raise api.refused(faults)
         count = len(candidates)
-        columns, known = features.compact(request.user, request.context, candidates, moment)
-        _bound_crosses(columns, spec, count)
-        if request.explain:
-            _bound_terms(spread_frame(columns, count), self.ranker)
-        probabilities = self.scorer.score(columns, count)
+        with stage("features"):
+            features = self.store.require()
+            columns, known = features.compact(request.user, request.context, candidates, moment)
+            _bound_crosses(columns, spec, count)
+            if request.explain:
+                _bound_terms(spread_frame(columns, count), self.ranker)
+        with stage("score"):
+            probabilities = self.scorer.score(columns, count)
         order = np.argsort(-probabilities, kind="stable").tolist()
         scores = probabilities.tolist()
         key = spec.entities.item
@@ -199,7 +202,8 @@ class Ranking:
             {"item": candidates[i][key], "probability": scores[i]} for i in order
         ]
         if request.explain or request.attribute:
-            found = _accounts(self.ranker, spread_frame(columns, count), request)
+            with stage("explain"):
+                found = _accounts(self.ranker, spread_frame(columns, count), request)
             for item, i in zip(items, order, strict=True):
                 item |= found[i]
         if self.log is not None:
@@ -263,6 +267,7 @@ class Serving:
         self.keys = Keys(Path(config.api_keys)) if config.api_keys else None
         #: In charge. Requests take it once, so that each answer is of one version.
         self.ranking = Ranking(folder, feature_store, config)
+        _show(self.ranking.version)
         self.queue = Queue(config.queue_seconds)
         self._follower = self._follow(config.registry) if config.registry else None
 
@@ -287,6 +292,7 @@ class Serving:
             after.close(before)
             raise
         self.ranking = after
+        _show(after.version, before.version)
         # Requests that have begun end with the one before.
         late = threading.Timer(self.config.deadline_seconds, before.close, [after])
         late.daemon = True
@@ -298,6 +304,13 @@ class Serving:
             self._follower.close()
         self.queue.close()
         self.ranking.close()
+
+
+def _show(version: str, before: str | None = None) -> None:
+    """Say in the metrics who serves."""
+    if before is not None:
+        metrics().models.labels(version=before).set(0)
+    metrics().models.labels(version=version).set(1)
 
 
 # -- HTTP ----------------------------------------------------------------------------------------
@@ -317,7 +330,10 @@ def _endpoint(
         headers = {"X-Fathom-Version": ranking.version, "X-Request-ID": request_id}
 
         def answer(body: bytes) -> bytes:
-            return _json((stamp if stamped else {}) | method(ranking, body, request_id))
+            metrics().stages.labels(stage="wait").observe(time.perf_counter() - read)
+            found = (stamp if stamped else {}) | method(ranking, body, request_id)
+            with metrics().stage("write"):
+                return _json(found)
 
         status = 200
         deadline = time.monotonic() + state.config.deadline_seconds
@@ -326,6 +342,7 @@ def _endpoint(
                 metrics().refused_keys.inc()
                 raise api.unauthorized()
             body = await _in_time(_read(request), deadline)
+            read = time.perf_counter()
             content = await state.queue.run(lambda: answer(body), deadline)
         except BusyError as error:
             metrics().turned_away.inc()

@@ -145,6 +145,7 @@ class OnlineStore:
                 from fathom.online import OnlineFeatures
 
                 self.features = OnlineFeatures.open(repo, spec, self._config.read_seconds)
+                metrics().tables_as_of.set(self.features.tables_as_of.timestamp())
                 self.state = "ready"
                 log.info("feature store opened after %.1f s", time.monotonic() - started)
             except Exception:
@@ -162,6 +163,7 @@ class OnlineStore:
         try:
             if self.features.refresh():
                 metrics().refreshes.inc()
+                metrics().tables_as_of.set(self.features.tables_as_of.timestamp())
                 taken, moment = time.monotonic() - started, self.features.tables_as_of
                 log.info("features as of %s loaded in %.1f s", moment.isoformat(), taken)
             return True
