@@ -16,7 +16,8 @@ import httpx
 import psutil
 
 from fathom import packaging
-from fathom.service import FEATURE_STORE, RANKER
+from fathom.service import FEATURE_STORE, RANKER, SERVING
+from fathom.serving import ServingConfig
 from ports import free_port
 from small_ranker import Artifact, feature_store, register
 
@@ -30,7 +31,7 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Running]:
+def running(folder: Path, config: ServingConfig | None = None) -> Iterator[Running]:
     """A service with its feature store, ready; everything is written below a folder."""
     artifact = register(folder / "ranker")
     repo = feature_store(folder)
@@ -47,6 +48,7 @@ def running(folder: Path) -> Iterator[Running]:
         "PYTHONPATH": str(Path(packaging.__file__).parents[1]),
         "BENTOML_HOME": str(folder / "bentoml"),
         RANKER: str(artifact.folder),
+        SERVING: (config or ServingConfig()).model_dump_json(),
         FEATURE_STORE: json.dumps({"root": str(folder), **repo.config.model_dump()}),
     }
     with open(log, "w") as output:

@@ -37,7 +37,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fathom import api, docs_page
+from fathom import api, docs_page, try_page
 from fathom.admission import BusyError, LateError, Queue
 from fathom.batch import Ragged
 from fathom.keys import Keys
@@ -245,6 +245,12 @@ class Ranking:
             },
         }
 
+    @property
+    def context_columns(self) -> str:
+        """The columns that come with a request, as JSON for `fathom.try_page`."""
+        spec = self.ranker.spec
+        return json.dumps([_described(column, spec) for column in spec.raw_columns("context")])
+
     def openapi(self, _: bytes, __: str) -> Answer:
         """The OpenAPI document."""
         return api.openapi(self.ranker.spec, self.version, self._examples)
@@ -409,6 +415,7 @@ app = Starlette(
         # In place of BentoML's own, which would not know of these routes.
         Route("/docs.json", _endpoint(Ranking.openapi, False, guarded=False), methods=["GET"]),
         Route("/", docs_page.show, methods=["GET"]),
+        Route("/try", try_page.show, methods=["GET"]),
     ],
     exception_handlers={HTTPException: _refuse},
 )

@@ -42,6 +42,7 @@ class ServingConfig(BaseModel):
         queue_seconds: a request that would wait longer for its turn is turned away (429).
         deadline_seconds: how long a request may take, reading its body included (408, 504).
         api_keys: file of the keys (`fathom.keys`) of those who may ask; null lets everybody.
+        try_page: whether there is a page at ``/try`` to rank items by hand.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -57,6 +58,7 @@ class ServingConfig(BaseModel):
     queue_seconds: float = Field(default=0.05, gt=0, le=30)
     deadline_seconds: float = Field(default=5.0, gt=0, le=30)
     api_keys: str | None = None
+    try_page: bool = False
 
     @property
     def absolute(self) -> ServingConfig:
