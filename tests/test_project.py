@@ -184,7 +184,7 @@ def test_the_version_is_the_same_everywhere(project: dict[str, Any]) -> None:
 
 def test_the_top_level_is_as_the_readme_says() -> None:
     expected = {
-        "src", "conf", "data", "notebooks", "tests", "benchmarks", "docs",
+        "src", "conf", "data", "notebooks", "tests", "benchmarks", "docs", "deploy",
         "bentofile.yaml", "pyproject.toml", "requirements.lock", "README.md", "CHANGELOG.md",
         "LICENSE", "Makefile",
     }  # fmt: skip
