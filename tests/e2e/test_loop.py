@@ -9,12 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 
 import httpx
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from kedro.framework.project import configure_project, pipelines
 
@@ -208,66 +205,30 @@ def service(run):
         process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def visit(run):
-    """A household and twenty products of its store, a day after the newest features."""
-    frame = pq.read_table(run[0].folder / "data/test/05_model_input/training_frame.parquet")
-    last = frame.slice(len(frame) - 1).to_pylist()[0]
-    same = frame.filter(pa.compute.equal(frame["store_id"], last["store_id"]))
-    products = list(dict.fromkeys(same["product_id"].to_pylist()))[-20:]
-    until = datetime.fromisoformat(run[0].json("04_feature/state.json")["until"])
-    return last, products, until.replace(tzinfo=timezone.utc)
-
-
 def test_ranking_over_http_equals_offline_scoring(run, service, visit):
     """The same features through Feast's history and through the online store: no skew."""
-    from fathom.feature_store import FeatureRepo, FeatureStoreConfig, frame_of
-
     project, _ = run
-    row, products, moment = visit
-    context = {name: row[name] for name in ("store_id", "display", "mailer")}
-    answer = httpx.post(
-        f"{service}/rank",
-        json={
-            "user": row["household_id"],
-            "context": context,
-            "candidates": products,
-            "timestamp": moment.isoformat(),
-        },
-        timeout=30,
-    )
+    answer = httpx.post(f"{service}/rank", json=visit.request, timeout=30)
     assert answer.status_code == 200, answer.text
     served = {item["item"]: item["probability"] for item in answer.json()["items"]}
     assert answer.json()["version"] == project.json("06_models/release.json")["version"]
     assert list(served.values()) == sorted(served.values(), reverse=True)
 
     versions = Registry(project.folder / "data/test/06_models/registry")
-    ranker = versions.load(versions.champion())
-    spine = pa.table(
-        {
-            "basket_id": ["b"] * len(products),
-            "household_id": [row["household_id"]] * len(products),
-            "product_id": products,
-            "event_timestamp": pa.array([moment] * len(products), pa.timestamp("us", "UTC")),
-            **{name: [value] * len(products) for name, value in context.items()},
-        }
-    )
-    repo = FeatureRepo(FeatureStoreConfig(folder="data/test/04_feature"), project.folder)
-    offline = ranker.score(frame_of(repo.training_frame(spine, ranker.spec)))
+    offline = versions.load(versions.champion()).score(visit.frame)
     np.testing.assert_allclose(
-        [served[product] for product in products], offline, atol=TOLERANCE, rtol=0
+        [served[product] for product in visit.products], offline, atol=TOLERANCE, rtol=0
     )
 
 
 def test_unknown_users_and_items_are_scored_and_counted(service, visit):
-    _, products, moment = visit
     answer = httpx.post(
         f"{service}/rank",
         json={
             "user": "nobody",
             "context": {"store_id": "new store", "display": "0", "mailer": "0"},
-            "candidates": [products[0], "no such product"],
-            "timestamp": moment.isoformat(),
+            "candidates": [visit.products[0], "no such product"],
+            "timestamp": visit.request["timestamp"],
         },
         timeout=30,
     )
