@@ -76,7 +76,7 @@ def project() -> dict[str, Any]:
 
 def test_every_environment_is_listed_here() -> None:
     assert environments() == ENVIRONMENTS
-    assert len(ENVIRONMENTS) == 8
+    assert len(ENVIRONMENTS) == 9
 
 
 @pytest.mark.parametrize("environment", environments())

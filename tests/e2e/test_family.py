@@ -30,8 +30,8 @@ from fathom.models.family import MODELS
 from fathom.ranker import TOLERANCE, Ranker, frame_of_rows
 from fathom.registry import Registry
 from fathom.runner import UpToDateRunner
-from fathom.service import Ranking, app
-from fathom.serving import OnlineStore
+from fathom.service import Serving, app
+from fathom.serving import OnlineStore, ServingConfig
 from projects import Project
 
 pytestmark = pytest.mark.e2e
@@ -139,14 +139,14 @@ def test_it_has_the_reference_that_drift_is_measured_against(released):
 def test_it_ranks_and_accounts_for_it(released, store, visit, monkeypatch):
     """Through the service's own application; a process for each would open Feast each time."""
     has_deep = released.candidate.model.deep is not None
-    ranking = Ranking(released.folder, None)
-    ranking.store = store
-    monkeypatch.setattr(app.state, "ranking", ranking, raising=False)
+    serving = Serving(released.folder, None, ServingConfig(deadline_seconds=30))
+    serving.ranking.store = store
+    monkeypatch.setattr(app.state, "serving", serving, raising=False)
     with TestClient(app) as client:
         asked = visit.request | {"explain": True}
         answer = client.post("/rank", json=asked | {"attribute": has_deep})
         refused = client.post("/rank", json=asked | {"attribute": True})
-    ranking.thread.shutdown()
+    serving.queue.close()
     assert refused.status_code == (200 if has_deep else 400)
     assert answer.status_code == 200, answer.text
     found = api.RankAnswer.model_validate_json(answer.text)
