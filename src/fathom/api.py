@@ -437,7 +437,11 @@ def openapi(spec: FeatureSpec, version: str, rows: Sequence[Mapping[str, Any]]) 
                 }.items()
             },
         },
-        "components": {"schemas": schemas["$defs"]},
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],  # a key only where the service asks for one
     }
 
 
@@ -478,16 +482,20 @@ def _operation(
         return {"content": {"application/json": {"schema": schema, **more}}}
 
     described = {"description": "Answered", **content(answer)}
-    reasons = {"500": "A fault of the service; its log has the request id"}
+    reasons = {
+        "401": "No valid API key, where one is asked for",
+        "429": "Too many requests at once; see Retry-After",
+        "500": "A fault of the service; its log has the request id",
+        "504": "Not answered in time",
+    }
     operation: dict[str, Any] = {"summary": summary}
     if request is not None:
         operation["requestBody"] = {"required": True, **content(request, example=example)}
         reasons |= {
             "400": "Bad input; all faults are listed",
+            "408": "The body did not come in time",
             "413": f"The body is above {MAX_BODY_BYTES:,} bytes",
-            "429": "Too many requests at once",
             "503": "Not available yet; see Retry-After",
-            "504": "Not answered in time",
         }
     errors = {code: {"description": why, **content(ErrorAnswer)} for code, why in reasons.items()}
     return operation | {"responses": {"200": described, **errors}}
