@@ -724,7 +724,7 @@ def test_a_killed_materialisation_is_made_good_by_the_next(tmp_path: Path):
     made = small_store.written(tmp_path, spec, small_store.generated())
     made.repo.apply(spec)
     killed, said = child(made.repo, spec, made.until, "odd_stores.DyingSqliteOnlineStore")
-    killed.join(120)
+    killed.join(600)
     assert killed.exitcode == -signal.SIGKILL, said.read_text()
     # It died in its second view: the first is whole, and nothing says that the rest is.
     assert made.repo.materialised(spec) is None
@@ -739,7 +739,7 @@ def test_two_materialisations_at_once_take_turns(counted: small_store.Store):
     repo, spec, until = counted.repo, counted.spec, counted.until
     both = [child(repo, spec, moment, STORE) for moment in (until - 7 * DAY, until)]
     for process, said in both:
-        process.join(180)
+        process.join(600)
         assert process.exitcode == 0, said.read_text()
     moment = repo.materialised(spec)
     assert moment in (until - 7 * DAY, until)  # whichever came last
