@@ -22,6 +22,8 @@ class Metrics:
     refreshes: Counter
     refresh_failures: Counter
     unlogged_rows: Counter
+    popular_recommendations: Counter
+    explored_items: Counter
 
 
 @cache
@@ -41,5 +43,7 @@ def metrics() -> Metrics:
         "refreshes": "Times that newer tables were loaded from the feature store",
         "refresh_failures": "Times that newer tables could not be loaded; the old ones stayed",
         "unlogged_rows": "Rows that the feature log had to drop",
+        "popular_recommendations": "Recommendations by popularity: nothing is known of the user",
+        "explored_items": "Items that chance put into a recommendation",
     }
     return Metrics(**{name: Counter(f"fathom_{name}", text) for name, text in said.items()})

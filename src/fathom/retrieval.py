@@ -268,6 +268,13 @@ class Slots(NamedTuple):
     explored: Mask
     propensity: NDArray[np.float64]
 
+    @property
+    def by_place(self) -> Places:
+        """The slot of each item of the pool, (P,), -1 for those that are not shown."""
+        slots = np.full(len(self.propensity), -1, np.int64)
+        slots[self.places] = np.arange(len(self.places))
+        return slots
+
 
 def explore(order: Places, pool: int, share: float, draw: np.random.Generator) -> Slots:
     """Fill a share of the slots by chance, and say how probable every item was.

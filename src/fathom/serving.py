@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fathom import api
 from fathom.metrics import metrics
+from fathom.retrieval import RetrievalConfig
 from fathom.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class ServingConfig(BaseModel):
         feature_log_mb: most disk that the folder may take, in MiB; the oldest segments go first.
         segment_rows, segment_seconds: a segment of the log is closed at so many rows, or when it is
             so old. A crash loses the open one.
+        retrieval: how ``/recommend`` retrieves (`fathom.retrieval.RetrievalConfig`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -46,6 +48,7 @@ class ServingConfig(BaseModel):
     feature_log_mb: int = Field(default=1024, ge=1)
     segment_rows: int = Field(default=50_000, ge=1, le=1_000_000)
     segment_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    retrieval: RetrievalConfig = RetrievalConfig()
 
 
 class OnlineStore:
