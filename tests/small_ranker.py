@@ -27,6 +27,7 @@ from fathom.feature_store import (
 )
 from fathom.ranker import Ranker, rows_of_frame
 from fathom.spec import FeatureSpec
+from fathom.tower import TowerConfig, fit_tower
 from fathom.training import train
 
 START = datetime(2024, 1, 1, tzinfo=timezone.utc)
@@ -86,6 +87,21 @@ SPEC = FeatureSpec.model_validate(
     }
 )
 
+#: And what each user has bought, item by item.
+WITH_HISTORY = FeatureSpec.model_validate(
+    SPEC.model_dump(exclude_defaults=True)
+    | {
+        "columns": [
+            *SPEC.model_dump(exclude_defaults=True)["columns"],
+            {
+                "name": "user_item_purchases",
+                "kind": "numeric",
+                "aggregate": {"by": ["user_id", "item_id"], "measure": "count"},
+            },
+        ]
+    }
+)
+
 
 def genre_of(item: int) -> str:
     return GENRES[item % 2]
@@ -128,7 +144,7 @@ def tables() -> dict[str, pa.Table]:
     }
 
 
-def feature_store(root: Path) -> FeatureRepo:
+def feature_store(root: Path, spec: FeatureSpec = SPEC) -> FeatureRepo:
     """A materialised feature store below a folder."""
     import ibis
 
@@ -136,20 +152,20 @@ def feature_store(root: Path) -> FeatureRepo:
     connection = ibis.duckdb.connect()
     connection.raw_sql("set TimeZone='UTC'")
     names = ("interactions", "users", "items")
-    log = features.with_attributes(*(connection.create_table(n, made[n]) for n in names), SPEC)
-    until = int(connection.execute(features.last_step([log], SPEC)))
+    log = features.with_attributes(*(connection.create_table(n, made[n]) for n in names), spec)
+    until = int(connection.execute(features.last_step([log], spec)))
     repo = FeatureRepo(FeatureStoreConfig(folder="features"), root)
     for name in ("users", "items"):
         write_parquet(made[name], repo.source(name))
-    for view in SPEC.views:
-        snapshot = features.snapshots(log, SPEC, view, until)
+    for view in spec.views:
+        snapshot = features.snapshots(log, spec, view, until)
         write_parquet(connection.to_pyarrow(snapshot), repo.source(view) / "000020.parquet")
-        if is_packable(SPEC, view):
-            packed = features.packed(features.newest(snapshot, SPEC, view), SPEC, view)
+        if is_packable(spec, view):
+            packed = features.packed(features.newest(snapshot, spec, view), spec, view)
             path = repo.source(packed_name(view)) / "000020.parquet"
             write_parquet(connection.to_pyarrow(packed), path)
-    repo.apply(SPEC)
-    repo.materialise(SPEC, START + timedelta(days=DAYS + 1))
+    repo.apply(spec)
+    repo.materialise(spec, START + timedelta(days=DAYS + 1))
     return repo
 
 
@@ -164,7 +180,7 @@ class Artifact:
     probabilities: list[float]
 
 
-def plain_frame(rows: int = 400) -> dict[str, Any]:
+def plain_frame(rows: int = 400, spec: FeatureSpec = SPEC) -> dict[str, Any]:
     """Labelled rows of the spec's columns, drawn without a feature store."""
     random = np.random.default_rng(11)
     users, items = random.integers(USERS, size=rows), random.integers(ITEMS, size=rows)
@@ -191,19 +207,25 @@ def plain_frame(rows: int = 400) -> dict[str, Any]:
         "recent_genres": Ragged.of([GENRES[: u % 3] for u in users]),
         "bought": (random.random(rows) < np.where(likes, 0.7, 0.1)).astype(np.int64),
     }
-    return with_ratios(frame, SPEC)
+    if "user_item_purchases" in spec.by_name:
+        frame["user_item_purchases"] = (likes * (items % 3)).astype(np.float32)
+    return with_ratios(frame, spec)
 
 
-def register(folder: Path, model: str = "wide_deep") -> Artifact:
+def register(
+    folder: Path, model: str = "wide_deep", spec: FeatureSpec = SPEC, factors: int = 0
+) -> Artifact:
     """Train, and save the artifact with golden requests below a folder."""
-    frame = plain_frame()
+    frame = plain_frame(spec=spec)
     config = TrainingConfig(model=model, hidden=(8,), epochs=2, batch_size=64)
-    encoder = fit_encoder(frame, SPEC)
+    encoder = fit_encoder(frame, spec)
     batch = encoder.encode(frame)
     training, validation = np.split(np.arange(len(batch)), [len(batch) * 4 // 5])
     trained = train(encoder.layout, batch.take(training), batch.take(validation), config, "binary")
-    ranker = Ranker(encoder, trained.model, config, {"trained_until": "2024-01-30", "seed": 0})
-    rows = rows_of_frame(frame, SPEC, range(GOLDEN))
+    provenance = {"trained_until": "2024-01-30", "seed": 0}
+    tower = fit_tower(encoder, batch.take(training), TowerConfig(factors=factors))
+    ranker = Ranker(encoder, trained.model, config, provenance, tower)
+    rows = rows_of_frame(frame, spec, range(GOLDEN))
     probabilities = ranker.score(frame)[:GOLDEN].tolist()
     golden = json.dumps({"rows": rows, "probabilities": probabilities})
     version = ranker.save(folder / "new", {"golden.json": golden})

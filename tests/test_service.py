@@ -61,7 +61,7 @@ MOMENT = "2024-02-01T10:00:00Z"
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return register(tmp_path_factory.mktemp("ranker"))
+    return register(tmp_path_factory.mktemp("ranker"), factors=4)
 
 
 @contextmanager
@@ -761,7 +761,7 @@ def test_the_openapi_document_is_true(ranking: TestClient, artifact: Artifact) -
         check("PredictRequest", {"rows": [artifact.rows[0] | {"shelf": "floor"}]})
 
     asked = {}
-    for path in ("/rank", "/predict", "/model"):
+    for path in ("/rank", "/recommend", "/predict", "/model"):
         ((method, described),) = document["paths"][path].items()
         body = None
         if "requestBody" in described:

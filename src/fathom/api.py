@@ -30,6 +30,8 @@ MAX_TERMS = 150_000
 #: Candidates whose deep logits one request may have attributed: each costs as much as scoring it
 #: some hundred times, and 100 took 0.05 to 0.16 s by model (default layers, one core).
 MAX_ATTRIBUTED = 100
+#: Items that a recommendation may have, and entries that one of its lists may have.
+MAX_RECOMMENDED, MAX_LISTED = 1_000, 10_000
 #: Faults that an answer spells out; the rest are counted.
 MAX_FAULTS = 100
 EARLIEST, LATEST = (datetime(year, 1, 1, tzinfo=timezone.utc) for year in (1970, 2200))
@@ -80,6 +82,37 @@ class RankRequest(_Message):
     timestamp: str | None = None
     explain: bool = False
     attribute: bool = False
+
+
+class RecommendRequest(_Message):
+    """A user to recommend items to, out of the whole catalogue; the service looks features up.
+
+    Args:
+        k: how many items.
+        context: values of context columns, which all items share.
+        timestamp: ISO 8601 moment of the exposure, UTC unless it says otherwise; now if absent.
+        explain: whether to split each logit into its exact parts.
+        exclude_interacted: whether to leave out what the user has interacted with (bought, say).
+        allow: the only items to choose from; all if absent.
+        deny: items to leave out.
+        where: attribute of items to the values of which an item must have one; an item must meet
+            all of them.
+        diversity: 0 to 1, how much likeness to items above counts against an item.
+        exploration: 0 to 1, the share of slots that chance fills. Both are the service's own
+            settings if absent.
+    """
+
+    user: str
+    k: int = Field(default=10, ge=1, le=MAX_RECOMMENDED)
+    context: dict[str, Any] = {}
+    timestamp: str | None = None
+    explain: bool = False
+    exclude_interacted: bool = False
+    allow: list[str] | None = Field(default=None, max_length=MAX_LISTED)
+    deny: list[str] = Field(default=[], max_length=MAX_LISTED)
+    where: dict[str, Annotated[list[str], Field(max_length=MAX_LISTED)]] = {}
+    diversity: float | None = Field(default=None, ge=0, le=1)
+    exploration: float | None = Field(default=None, ge=0, le=1)
 
 
 class PredictRequest(_Message):
@@ -163,6 +196,41 @@ class RankAnswer(_Message):
     items: list[RankedItem]
 
 
+class RecommendedItem(RankedItem):
+    """One slot.
+
+    Args:
+        source: ``retrieved`` for this user, ``popular`` with all, or ``explored``: put there by
+            chance.
+        propensity: the probability with which this item was to be in this answer; 1 without
+            exploration.
+    """
+
+    source: Literal["retrieved", "popular", "explored"]
+    propensity: float
+
+
+class RecommendAnswer(_Message):
+    """Items by slot; fewer than k if no more are allowed.
+
+    Args:
+        popular: nothing is known of the user's taste, so the most popular items were ranked.
+        degraded: the user's features could not be read; the user was ranked as an unknown one, and
+            what the user has interacted with was not left out.
+        expired: rows of features that were too old to be used.
+        ranked: items that were retrieved, and ranked.
+    """
+
+    version: str
+    request_id: str
+    user_known: bool
+    popular: bool
+    degraded: bool
+    expired: int
+    ranked: int
+    items: list[RecommendedItem]
+
+
 class PredictAnswer(_Message):
     """One probability per row, in order; predicted values where the task is regression."""
 
@@ -178,6 +246,8 @@ class ModelAnswer(_Message):
         feature_store: ``absent``, ``opening``, ``failed``, ``ready``, or ``degraded`` while the
             online store does not answer.
         tables_as_of: the moment whose state the features of items and contexts are.
+        retrieval: of ``/recommend``: items, ``exact`` or ``approximate`` index, and the share of
+            the exact answer that it finds; null if the ranker has no tower.
     """
 
     version: str
@@ -191,6 +261,7 @@ class ModelAnswer(_Message):
     provenance: dict[str, Any]
     feature_store: str
     tables_as_of: str | None
+    retrieval: dict[str, Any] | None
     limits: dict[str, int]
 
 
@@ -345,6 +416,10 @@ def _fault(found: Mapping[str, Any]) -> dict[str, str]:
             f"has {details['actual_length']:,} entries; at most {details['max_length']:,} are "
             "allowed, so split the request"
         )
+    elif kind in {"greater_than_equal", "less_than_equal"}:
+        least, most = details.get("ge"), details.get("le")
+        bound = f"at most {most}" if least is None else f"at least {least}"
+        fault = f"is {value}; it must be {bound}"
     else:
         allowed = f"it must be {_BOUNDS[kind]}" if kind in _BOUNDS else found["msg"]
         fault = f"is {value}; {allowed}"
@@ -392,6 +467,23 @@ def example_rank(
     }
 
 
+def example_recommend(
+    spec: FeatureSpec, rows: Sequence[Mapping[str, Any]], timestamp: str | None = None
+) -> dict[str, Any]:
+    """A request to ``/recommend`` for the user and the context of given rows."""
+    ranked = example_rank(spec, rows, timestamp)
+    attribute = next(
+        (c for c in filters(spec) if c.kind == "categorical" and rows[0][c.name]), None
+    )
+    where = {"where": {attribute.name: [rows[0][attribute.name]]}} if attribute else {}
+    return {n: v for n, v in ranked.items() if n != "candidates"} | {"k": 5} | where
+
+
+def filters(spec: FeatureSpec) -> tuple[Column, ...]:
+    """The attributes of items that ``where`` may name."""
+    return tuple(c for c in spec.held("items") if c.kind in {"categorical", "multi"})
+
+
 def openapi(spec: FeatureSpec, version: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The OpenAPI 3.1 document of a service with this spec.
 
@@ -401,7 +493,7 @@ def openapi(spec: FeatureSpec, version: str, rows: Sequence[Mapping[str, Any]]) 
     requests = _described_requests(spec)
     models: list[type[BaseModel]] = [
         *requests.values(),
-        *(RankAnswer, PredictAnswer, ModelAnswer, ErrorAnswer),
+        *(RankAnswer, RecommendAnswer, PredictAnswer, ModelAnswer, ErrorAnswer),
     ]
     _, schemas = models_json_schema(
         # As for validation: what has a default may be absent, in answers too.
@@ -416,6 +508,10 @@ def openapi(spec: FeatureSpec, version: str, rows: Sequence[Mapping[str, Any]]) 
         "Rank candidates for a user; features are looked up", RankAnswer, requests["rank"],
         example_rank(spec, rows),
     )  # fmt: skip
+    recommend = _operation(
+        "Recommend items of the whole catalogue; features are looked up", RecommendAnswer,
+        requests["recommend"], example_recommend(spec, rows),
+    )  # fmt: skip
     return {
         "openapi": "3.1.0",
         "info": {
@@ -425,6 +521,7 @@ def openapi(spec: FeatureSpec, version: str, rows: Sequence[Mapping[str, Any]]) 
         },
         "paths": {
             "/rank": {"post": rank},
+            "/recommend": {"post": recommend},
             "/predict": {"post": predict},
             "/model": {"get": _operation("What is being served", ModelAnswer)},
             **{
@@ -456,7 +553,18 @@ def _described_requests(spec: FeatureSpec) -> dict[str, type[BaseModel]]:
     candidate = create_model("Candidate", __base__=Candidate, context=(shared, shared()))
     rows: Any = list[row]  # type: ignore[valid-type]
     candidates: Any = list[str | candidate]  # type: ignore[valid-type]
+    listed = Annotated[list[str], Field(max_length=MAX_LISTED)]
+    attributes: dict[str, Any] = {
+        c.name: (listed, Field(default_factory=list)) for c in filters(spec)
+    }
+    where = create_model("Where", __config__=closed, **attributes)
     return {
+        "recommend": create_model(
+            "RecommendRequest",
+            __base__=RecommendRequest,
+            context=(shared, shared()),
+            where=(where, Field(default_factory=where)),
+        ),
         "predict": create_model(
             "PredictRequest",
             __base__=PredictRequest,

@@ -37,6 +37,8 @@ PROBABILITY = "probability"
 #: Columns that are not the spec's, whose names never start with an underscore.
 REQUEST, CANDIDATE, VERSION = "_request", "_candidate", "_version"
 USER_KNOWN, ITEM_KNOWN, DEGRADED, EXPIRED = "_user_known", "_item_known", "_degraded", "_expired"
+#: Of a recommendation: where the item was shown, if it was, and how probable that was.
+SLOT, PROPENSITY = "_slot", "_propensity"
 USER_AS_OF, TABLES_AS_OF, ROW = "_user_as_of", "_tables_as_of", "_row_"
 MOMENT = pa.timestamp("us", "UTC")
 #: Small tables are joined before there are too many of them.
@@ -56,6 +58,8 @@ class Served:
         items: the N item keys.
         frame: every column of the spec, N rows, as the model saw it.
         probabilities: (N,).
+        slots: (N,) of a recommendation, the slot in which each was shown, -1 for none.
+        propensities: (N,) of a recommendation, the probability with which each was to be shown.
     """
 
     request: str
@@ -65,6 +69,8 @@ class Served:
     frame: Frame
     known: Known
     probabilities: NDArray[np.float64]
+    slots: NDArray[np.int64] | None = None
+    propensities: NDArray[np.float64] | None = None
 
 
 class FeatureLog:
@@ -207,6 +213,10 @@ def rows_of(served: Served, spec: FeatureSpec, version: str) -> pa.Table:
         USER_AS_OF: _all(known.user_as_of, MOMENT, count),
         TABLES_AS_OF: _all(known.tables_as_of, MOMENT, count),
         PROBABILITY: pa.array(served.probabilities, pa.float64()),
+        SLOT: _slots(served.slots, count),
+        PROPENSITY: pa.array(
+            [None] * count if served.propensities is None else served.propensities, pa.float64()
+        ),
     }
     own |= {f"{ROW}{v}": _all(known.rows.get(v), MOMENT, count) for v in user_views(spec)}
     for column in spec.columns:
@@ -223,6 +233,11 @@ def _arrow(values: Values) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(values.offsets, pa.int32()), texts)
     kind = pa.string() if values.dtype == object else pa.float32()
     return pa.array(values, kind, from_pandas=False)
+
+
+def _slots(slots: NDArray[np.int64] | None, count: int) -> pa.Array:
+    found = np.full(count, -1) if slots is None else slots
+    return pa.array(found, pa.int32(), mask=found < 0)
 
 
 def _all(value: object, kind: pa.DataType, count: int) -> pa.Array:

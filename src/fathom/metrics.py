@@ -41,6 +41,8 @@ class Metrics:
     turned_away: Counter
     late: Counter
     refused_keys: Counter
+    popular_recommendations: Counter
+    explored_items: Counter
     stages: Histogram
     models: Gauge
     tables_as_of: Gauge
@@ -77,6 +79,8 @@ def metrics() -> Metrics:
         "turned_away": "Requests that would have waited too long",
         "late": "Requests that were not done by their deadline",
         "refused_keys": "Requests without a valid API key",
+        "popular_recommendations": "Recommendations by popularity: nothing is known of the user",
+        "explored_items": "Items that chance put into a recommendation",
     }
     return Metrics(
         **{name: Counter(f"fathom_{name}", text) for name, text in said.items()},

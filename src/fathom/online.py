@@ -22,7 +22,7 @@ from fathom.aggregates import view_keys
 from fathom.batch import Ragged
 from fathom.encoding import Values, complete, expire, with_ratios
 from fathom.feature_store import FeatureRepo
-from fathom.features import is_packable, packed_name, stored_fields
+from fathom.features import is_packable, packed_name, stored_fields, stored_name
 from fathom.lookup import Numbers, places_among, spread_frame
 from fathom.online_tables import (
     KeyedTable,
@@ -64,6 +64,14 @@ class Known:
     rows: Mapping[str, datetime]
 
 
+@dataclass(frozen=True)
+class UserRead:
+    """A user's rows as one read found them; none if the online store was down (``degraded``)."""
+
+    rows: Mapping[str, Row]
+    degraded: bool
+
+
 class OnlineFeatures:
     """Reads features for requests. Safe to share between threads, also while it is refreshed."""
 
@@ -98,9 +106,45 @@ class OnlineFeatures:
         return self._tables.as_of
 
     @property
+    def tables(self) -> Tables:
+        """The tables in memory: one generation, which does not change."""
+        return self._tables
+
+    @property
     def degraded(self) -> bool:
         """Whether the online store is down."""
         return self._rows.down
+
+    def read(self, user: str) -> UserRead:
+        """Read a user's rows, within a bounded time."""
+        try:
+            return UserRead(self._rows.read(user), False)
+        except StoreDownError:
+            return UserRead({}, True)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether the user's rows say which items the user has interacted with."""
+        return self._plan.history is not None
+
+    def history(self, read: UserRead) -> tuple[list[str], NDArray[np.float64]]:
+        """The items that a user has interacted with, and how often each.
+
+        Returns:
+            H items and (H,) counts of 1 or more; none if there is no aggregate by user and item.
+        """
+        view = self._plan.history
+        row = read.rows.get(packed_name(view)) if view else None
+        items = (row.values.get(f"{view}__{self.spec.entities.item}") if row else None) or []
+        if view is None or row is None or not items:
+            return [], np.zeros(0)
+        counts = np.ones(len(items))
+        for column in self.spec.held(view):
+            aggregate = column.aggregate
+            if aggregate and aggregate.measure == "count" and aggregate.window_days is None:
+                counts = np.asarray(row.values[f"{view}__{stored_name(column)}"], np.float64)
+        kept = np.flatnonzero(counts >= 1)
+        return [items[i] for i in kept.tolist()], counts[kept]
 
     def refresh(self) -> bool:
         """Load the tables again if there is something newer; whether there was.
@@ -120,9 +164,10 @@ class OnlineFeatures:
         context: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
         moment: datetime,
+        read: UserRead | None = None,
     ) -> tuple[dict[str, Values], Known]:
         """`compact`, as a frame of N rows."""
-        found, known = self.compact(user, context, candidates, moment)
+        found, known = self.compact(user, context, candidates, moment, read)
         return spread_frame(found, len(candidates)), known
 
     def compact(
@@ -131,6 +176,7 @@ class OnlineFeatures:
         context: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
         moment: datetime,
+        read: UserRead | None = None,
     ) -> tuple[dict[str, Values], Known]:
         """Every column of the spec for each candidate.
 
@@ -138,16 +184,14 @@ class OnlineFeatures:
             context: context columns that all candidates share.
             candidates: the item key, and context columns that are the candidate's own.
             moment: of the exposure; with a time zone, or taken as UTC.
+            read: the user's rows, where they have been read already.
 
         Returns:
             Columns of N rows in the candidates' order, or of one row for all of them; and what was
             known.
         """
-        tables, degraded = self._tables, False
-        try:
-            rows = self._rows.read(user)
-        except StoreDownError:
-            rows, degraded = {}, True
+        tables, read = self._tables, read or self.read(user)
+        rows = read.rows
         request = _Request(self._plan, tables, len(candidates), _utc(moment))
         request.add_context(context, candidates)
         request.add_user(user, rows)
@@ -158,7 +202,7 @@ class OnlineFeatures:
             bool(moments),
             request.known_items,
             request.expired,
-            degraded,
+            read.degraded,
             max([tables.as_of, *moments.values()]),
             tables.as_of,
             moments,
@@ -171,7 +215,7 @@ class _Plan:
     """What follows from the spec alone: which views are read how, and the columns they make.
 
     ``own`` are the user's own views, ``packed`` those by user and other keys, which are named;
-    ``fields`` is what both hold.
+    ``fields`` is what both hold; ``history`` is the packed view of interactions by user and item.
     """
 
     spec: FeatureSpec
@@ -183,6 +227,7 @@ class _Plan:
     own_part: FeatureSpec
     packed_part: FeatureSpec
     ageing_part: FeatureSpec
+    history: str | None
 
     @classmethod
     def of(cls, spec: FeatureSpec) -> _Plan:
@@ -208,6 +253,7 @@ class _Plan:
             part(spec, columns(own)),
             part(spec, columns(packed)),
             part(spec, [c for c in columns(tables_of(spec)) if depends_on_the_moment(c)]),
+            next((v for v in packed if _is_history(spec, v)), None),
         )
 
     @property
@@ -218,6 +264,12 @@ class _Plan:
             names = (*others, *self.fields[view])
             fields[packed_name(view)] = [f"{view}__{name}" for name in names]
         return fields
+
+
+def _is_history(spec: FeatureSpec, view: str) -> bool:
+    (aggregate, *_) = (column.aggregate for column in spec.views[view])
+    keys = {spec.entities.user, spec.entities.item}
+    return aggregate is not None and aggregate.of == "interactions" and set(aggregate.by) == keys
 
 
 def user_views(spec: FeatureSpec) -> list[str]:

@@ -7,6 +7,7 @@ A folder of plain files; nothing in it is code, and nothing is unpickled:
 ``vocabularies.json``    known values, in the order of their ids
 ``encoder.safetensors``  quantiles and cross keys
 ``weights.safetensors``  the model; of the wide table only the weights other than 0
+``retrieval.safetensors``  the tower that retrieves (`fathom.tower`), if there is one
 ``ranker.json``          model settings, provenance, metrics
 ``golden.json``          recorded requests and the probabilities they must return
 ``reference.parquet``    a sample of scored exposures that drift is measured against
@@ -37,6 +38,8 @@ from fathom.encoding import FIRST_KNOWN, Encoder, Frame, Values, with_ratios
 from fathom.models import Inputs, Model, build, score
 from fathom.spec import FeatureSpec
 from fathom.terms import Term, terms
+from fathom.tower import FILE as TOWER
+from fathom.tower import Tower, TowerError, vocabularies
 
 MANIFEST = "manifest.json"
 #: How far a reloaded or served probability may be from the one at training time.
@@ -72,16 +75,19 @@ class Ranker:
 
     Args:
         provenance: seed, data hash, code version, hardware, the span of the training data.
+        tower: retrieves from the whole catalogue what the model ranks; an empty one retrieves
+            nothing. Its rows are the known values of the encoder's vocabularies.
     """
 
     encoder: Encoder
     model: Model
     config: TrainingConfig
     provenance: dict[str, Any] = field(default_factory=dict)
+    tower: Tower = field(default_factory=Tower.empty)
 
     @cached_property
     def version(self) -> str:
-        """The day the training data end, and 12 digits of the hash of encoder and weights.
+        """The day the training data end, and 12 digits of the hash of encoder, weights and tower.
 
         The same training gives the same version, on any machine that computes the same weights.
         """
@@ -89,6 +95,8 @@ class Ranker:
         for name, weight in sorted(self.model.state_dict().items()):
             # Zeros of the wide part are not kept, and so neither is their sign.
             digest.update(name.encode() + (weight.detach().cpu() + 0.0).numpy().tobytes())
+        if self.tower:
+            digest.update(self.tower.fingerprint.encode())
         day = str(self.provenance.get("trained_until", "undated"))[:10].replace("-", "")
         return f"{day}-{digest.hexdigest()[:12]}"
 
@@ -198,6 +206,8 @@ class Ranker:
         self.encoder.save(folder)
         weights = {n: w.detach().cpu().contiguous() for n, w in self.model.state_dict().items()}
         save_file(_without_zeros(weights), folder / "weights.safetensors")
+        if self.tower:
+            self.tower.save(folder)
         described = {
             "version": self.version,
             "training": self.config.as_dict(),
@@ -228,7 +238,26 @@ class Ranker:
         model = build(encoder.layout, config)
         model.load_state_dict(_with_zeros(load_file(folder / "weights.safetensors"), encoder))
         model.eval()
-        return cls(encoder, model, config, described["provenance"])
+        return cls(encoder, model, config, described["provenance"], _tower(folder, encoder))
+
+
+def _tower(folder: Path, encoder: Encoder) -> Tower:
+    """The tower of an artifact that is verified; an empty one if its manifest names none."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if TOWER not in manifest["files"]:
+        return Tower.empty()
+    try:
+        tower = Tower.load(folder)
+    except TowerError as error:
+        raise ArtifactError(folder, [str(error)]) from error
+    rows = len(tower.users), len(tower.items)
+    known = vocabularies(encoder)
+    expected = tuple(len(vocabulary.values) for vocabulary in known) if known else (0, 0)
+    if rows != expected:
+        raise ArtifactError(
+            folder, [f"{TOWER} has {rows} users and items, and the encoder {expected}"]
+        )
+    return tower
 
 
 def _without_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

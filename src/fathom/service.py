@@ -1,14 +1,16 @@
 """The ranking service: a ranker's artifact behind HTTP.
 
-``/rank``, ``/predict``, ``/model`` and the OpenAPI document are a small ASGI application inside a
-BentoML service, which adds health checks, metrics, a time-out and a limit of requests at once.
+``/rank``, ``/recommend``, ``/predict``, ``/model`` and the OpenAPI document are a small ASGI
+application inside a BentoML service, which adds health checks, metrics, a time-out and a limit of
+requests at once.
 `fathom.api` says what requests may hold. Bodies are bounded before they are parsed, and whatever
 takes longer than reading one runs on a thread of its own, so that health checks always answer.
 
 Environment
-    ``FATHOM_FEATURE_STORE``  where ``/rank`` finds features: JSON of `FeatureStoreConfig` and its
-                              ``root``. It is opened in the background, because Feast alone takes
-                              ten seconds to import; until then ``/rank`` answers 503.
+    ``FATHOM_FEATURE_STORE``  where ``/rank`` and ``/recommend`` find features: JSON of
+                              `FeatureStoreConfig` and its ``root``. It is opened in the
+                              background, because Feast alone takes ten seconds to import; until
+                              then both answer 503.
     ``FATHOM_SERVING``        JSON of `fathom.serving.ServingConfig`.
     ``FATHOM_FEATURE_LOG``    folder for what the model sees, whatever ``FATHOM_SERVING`` says.
     ``FATHOM_RANKER``         folder of an artifact, for a service that is not in a Bento.
@@ -25,6 +27,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +50,15 @@ from fathom.serving import OnlineStore, ServingConfig
 from fathom.spec import Column, FeatureSpec
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from fathom.encoding import Values
     from fathom.feature_log import FeatureLog
     from fathom.following import Follower
     from fathom.online import Known
     from fathom.ranker import Ranker
+    from fathom.recommending import Pool
+    from fathom.retrieval import Slots
 
 #: Alias of the one model that a Bento carries, whose version the Bento pins.
 ALIAS = "ranker"
@@ -63,6 +70,10 @@ SERVING, FEATURE_LOG = "FATHOM_SERVING", "FATHOM_FEATURE_LOG"
 IMAGE = bentoml.images.Image(
     base_image="python:3.11-slim-bookworm", python_version="3.11", distro="none"
 ).build_include("requirements.lock")
+_NO_TOWER = (
+    "its spec has no deep column of user or of item, nothing was positive, or retrieval.factors "
+    "was 0; /rank takes candidates"
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 # A child of BentoML's logger, which is the one that its server formats and prints.
@@ -95,11 +106,13 @@ class Ranking:
     ) -> None:
         from fathom.fast import FastScorer
         from fathom.ranker import Ranker, verify
+        from fathom.recommending import Recommender
 
         config = config or ServingConfig()
         self.version = verify(folder)
         self.ranker = Ranker.load(folder)
         self.scorer = FastScorer(self.ranker)
+        self.recommender = Recommender(self.ranker, config.retrieval) if self.ranker.tower else None
         self.store: OnlineStore = (
             before.store
             if before is not None and before.ranker.spec.hash == self.ranker.spec.hash
@@ -203,7 +216,9 @@ class Ranking:
         ]
         if request.explain or request.attribute:
             with stage("explain"):
-                found = _accounts(self.ranker, spread_frame(columns, count), request)
+                found = _accounts(
+                    self.ranker, spread_frame(columns, count), request.explain, request.attribute
+                )
             for item, i in zip(items, order, strict=True):
                 item |= found[i]
         if self.log is not None:
@@ -223,6 +238,53 @@ class Ranking:
             "items": items,
         }
 
+    def recommend(self, body: bytes, request_id: str) -> Answer:
+        """Retrieve from the whole catalogue, rank that, and fill the slots."""
+        spec, recommender = self.ranker.spec, self.recommender
+        request = api.parse(api.RecommendRequest, body)
+        if recommender is None:
+            raise api.RefusedError(503, "this ranker has no tower to retrieve with; " + _NO_TOWER)
+        faults: list[dict[str, str]] = []
+        moment = api.moment_of(request.timestamp, faults)
+        _check_shared(request.context, spec, faults)
+        features = self.store.require()
+        faults += recommender.faults(request, features)
+        if faults:
+            raise api.refused(faults)
+        read = features.read(request.user)
+        pool = recommender.retrieve(request, features, read)
+        candidates = [{spec.entities.item: item} for item in pool.items]
+        count = len(candidates)
+        columns, known = features.compact(request.user, request.context, candidates, moment, read)
+        _bound_crosses(columns, spec, count)
+        probabilities = self.scorer.score(columns, count)
+        slots = recommender.fill(request, request_id, pool, probabilities)
+        items = _slots(pool, slots, probabilities)
+        if request.explain:
+            frame = spread_frame(columns, count)
+            shown = {name: values.take(slots.places) for name, values in frame.items()}
+            _bound_terms(shown, self.ranker)
+            for item, found in zip(items, _accounts(self.ranker, shown, True, False), strict=True):
+                item |= found
+        if self.log is not None:
+            from fathom.feature_log import Served
+
+            keys, user, shares = pool.items, request.user, slots.propensity
+            frame = spread_frame(columns, count)
+            served = Served(request_id, user, keys, moment, frame, known, probabilities)
+            self.log.put(replace(served, slots=slots.by_place, propensities=shares))
+        _count(known)
+        metrics().popular_recommendations.inc(int(pool.popular))
+        metrics().explored_items.inc(int(slots.explored.sum()))
+        return {
+            "user_known": known.user,
+            "popular": pool.popular,
+            "degraded": known.degraded,
+            "expired": known.expired,
+            "ranked": len(pool.items),
+            "items": items,
+        }
+
     def model(self, _: bytes, __: str) -> Answer:
         """Say what is being served."""
         spec = self.ranker.spec
@@ -235,11 +297,14 @@ class Ranking:
             "training": self.ranker.config.as_dict(),
             "provenance": self.ranker.provenance,
             **self.store.described(),
+            "retrieval": self.recommender.described if self.recommender else None,
             "limits": {
                 "body_bytes": api.MAX_BODY_BYTES,
                 "candidates": api.MAX_CANDIDATES,
                 "attributed": api.MAX_ATTRIBUTED,
                 "terms": api.MAX_TERMS,
+                "listed": api.MAX_LISTED,
+                "recommended": api.MAX_RECOMMENDED,
                 "rows": api.MAX_ROWS,
                 "values": api.MAX_VALUES,
             },
@@ -410,6 +475,7 @@ async def _refuse(_: Request, error: Exception) -> Response:
 app = Starlette(
     routes=[
         Route("/rank", _endpoint(Ranking.rank), methods=["POST"]),
+        Route("/recommend", _endpoint(Ranking.recommend), methods=["POST"]),
         Route("/predict", _endpoint(Ranking.predict), methods=["POST"]),
         Route("/model", _endpoint(Ranking.model), methods=["GET"]),
         # In place of BentoML's own, which would not know of these routes.
@@ -508,6 +574,12 @@ def _candidates(
     return [{spec.entities.item: item, **own} for item, own in both]
 
 
+def _check_shared(context: dict[str, Any], spec: FeatureSpec, faults: list[dict[str, str]]) -> None:
+    """Check the context that all of a recommendation's items share."""
+    request = api.RankRequest.model_construct(candidates=[], context=context)
+    _candidates(request, spec, faults)
+
+
 def _check(
     columns: Sequence[Column],
     rows: Sequence[Mapping[str, Any]],
@@ -585,7 +657,7 @@ def _attribution_faults(candidates: int, ranker: Ranker) -> list[dict[str, str]]
 
 
 def _accounts(
-    ranker: Ranker, frame: Mapping[str, Values], request: api.RankRequest
+    ranker: Ranker, frame: Mapping[str, Values], explain: bool, attribute: bool
 ) -> list[Answer]:
     """What a request asks to know of how each candidate came by its logit."""
     from fathom.attribution import BASELINE
@@ -593,7 +665,7 @@ def _accounts(
     parts = {name: part.tolist() for name, part in ranker.explain(frame).items()}
     bias, deep = parts.pop("bias"), parts.pop("deep")
     found: list[Answer] = [{} for _ in deep]
-    if request.explain:
+    if explain:
         for i, terms in enumerate(ranker.terms(frame)):
             wide = {name: part[i] for name, part in parts.items()}
             found[i]["explanation"] = {
@@ -603,13 +675,27 @@ def _accounts(
                 "wide": wide,
                 "terms": [vars(term) for term in terms],
             }
-    if request.attribute:
+    if attribute:
         shares = {name: share.tolist() for name, share in ranker.attribute(frame).items()}
         baseline = shares.pop(BASELINE)
         for i, account in enumerate(found):
             given = {name: share[i] for name, share in shares.items()}
             account["attribution"] = {"deep": deep[i], "baseline": baseline[i], "shares": given}
     return found
+
+
+def _slots(pool: Pool, slots: Slots, probabilities: NDArray[np.float64]) -> list[Answer]:
+    """The items of a recommendation, by slot."""
+    source = "popular" if pool.popular else "retrieved"
+    return [
+        {
+            "item": pool.items[place],
+            "probability": float(probabilities[place]),
+            "source": "explored" if explored else source,
+            "propensity": float(slots.propensity[place]),
+        }
+        for place, explored in zip(slots.places, slots.explored, strict=True)
+    ]
 
 
 def _described(column: Column, spec: FeatureSpec) -> Answer:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fathom import api
 from fathom.metrics import metrics
+from fathom.retrieval import RetrievalConfig
 from fathom.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ServingConfig(BaseModel):
         deadline_seconds: how long a request may take, reading its body included (408, 504).
         api_keys: file of the keys (`fathom.keys`) of those who may ask; null lets everybody.
         try_page: whether there is a page at ``/try`` to rank items by hand.
+        retrieval: how ``/recommend`` retrieves (`fathom.retrieval.RetrievalConfig`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -59,6 +61,8 @@ class ServingConfig(BaseModel):
     deadline_seconds: float = Field(default=5.0, gt=0, le=30)
     api_keys: str | None = None
     try_page: bool = False
+
+    retrieval: RetrievalConfig = RetrievalConfig()
 
     @property
     def absolute(self) -> ServingConfig:

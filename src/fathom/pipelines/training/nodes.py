@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.config import SplitConfig, TrainingConfig
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
+from fathom.tower import TowerConfig
 from fathom.tracking import TrackingConfig
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from fathom.batch import Batch
     from fathom.encoding import Encoder
     from fathom.ranker import Ranker
+    from fathom.tower import Tower
 else:
-    Table = Batch = Encoder = Ranker = Any
+    Table = Batch = Encoder = Ranker = Tower = Any
 
 #: What is kept of each epoch. No times: the same training leaves the same bytes.
 _CURVES = ("epoch", "train_loss", "validation_loss", "wide_zero_share")
@@ -66,8 +68,23 @@ def describe_job(encoder: Encoder, training: TrainingConfig) -> dict[str, Any]:
     }
 
 
+def train_tower(
+    encoder: Encoder, train_batch: Batch, validation_batch: Batch, retrieval: TowerConfig
+) -> tuple[Tower, dict[str, Any]]:
+    """Learn what retrieves candidates for the ranker from the whole catalogue.
+
+    Returns:
+        The tower, and what of the validation window it retrieves, beside popularity.
+    """
+    from fathom.tower import fit_tower, measure
+
+    tower = fit_tower(encoder, train_batch, retrieval)
+    return tower, measure(tower, encoder, validation_batch)
+
+
 def train_candidate(
     encoder: Encoder,
+    tower: Tower,
     train_batch: Batch,
     validation_batch: Batch,
     training: TrainingConfig,
@@ -111,7 +128,7 @@ def train_candidate(
         "parameters": sum(weight.numel() for weight in trained.model.parameters()),
         "wide_zero_share": trained.history[trained.best_epoch - 1].wide_zero_share,
     }
-    ranker = Ranker(encoder, trained.model, training, provenance)
+    ranker = Ranker(encoder, trained.model, training, provenance, tower)
     curves = [{name: getattr(epoch, name) for name in _CURVES} for epoch in trained.history]
     return ranker, ranker.version, curves
 

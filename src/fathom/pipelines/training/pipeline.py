@@ -9,11 +9,12 @@ from fathom.pipelines.training.nodes import (
     plot_training,
     split_frame,
     train_candidate,
+    train_tower,
 )
 
 
 def create_pipeline() -> Pipeline:
-    """Split, fit the encoder on the training split, encode all splits, train."""
+    """Split, fit the encoder on the training split, encode all splits, train tower and ranker."""
     return Pipeline(
         [
             Node(
@@ -52,10 +53,18 @@ def create_pipeline() -> Pipeline:
                 tags="training",
             ),
             Node(
+                train_tower,
+                name="train_tower",
+                inputs=["encoder", "train_batch", "validation_batch", "params:retrieval"],
+                outputs=["tower", "retrieval_metrics"],
+                tags="training",
+            ),
+            Node(
                 train_candidate,
                 name="train_candidate",
                 inputs=[
                     "encoder",
+                    "tower",
                     "train_batch",
                     "validation_batch",
                     "params:training",
