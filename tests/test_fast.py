@@ -84,6 +84,11 @@ def test_a_score_is_the_references(fast: Ranker, request: tuple[dict[str, Values
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+def test_no_candidates_have_no_scores(fast: Ranker) -> None:
+    columns = {name: rows(values, [3] if name == "city" else []) for name, values in FRAME.items()}
+    assert FastScorer(fast).score(columns, 0).shape == (0,)
+
+
 @pytest.mark.parametrize("model", ["deepfm", "dcn_v2", "dot_product"])
 def test_other_models_are_scored_by_the_reference(model: str) -> None:
     other = ranker(model=model)

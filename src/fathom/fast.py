@@ -97,6 +97,8 @@ class FastScorer:
             columns: every column of the spec, of N rows or of one for all.
             count: N.
         """
+        if count == 0:
+            return np.zeros(0)
         if not self.available:
             return self._ranker.score(spread_frame(columns, count))
         with torch.inference_mode():
