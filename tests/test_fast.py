@@ -49,7 +49,8 @@ def fast(request: pytest.FixtureRequest) -> Ranker:
 
 
 def rows(values: Values, chosen: list[int]) -> Values:
-    return values.take(np.array(chosen)) if isinstance(values, Ragged) else values[chosen]
+    index = np.array(chosen, np.int64)
+    return values.take(index) if isinstance(values, Ragged) else values[index]
 
 
 @st.composite
