@@ -1,12 +1,12 @@
 """Is what is served what training saw? Exposures of a run, scored offline and by a real service.
 
-The online store is filled as of a week before the run's last one, and the exposures of the week
-that follows are sent to the service as the requests they were, one per basket. Their probabilities
-are compared with those that the ranker gives to the rows of the training frame, and the feature
-vectors that the service logged with those that history gives (`fathom.replay`).
+The online store is filled as of the start of the run's last whole step (a day, by default), and
+exposures of that step are sent to the service as the requests they were, one per basket. Their
+probabilities are compared with those that the ranker gives to the rows of the training frame, and
+the feature vectors that the service logged with those that history gives (`fathom.replay`).
 
-    python benchmarks/replay.py                        # 10,000 exposures of `data`
-    python benchmarks/replay.py --exposures 50000 --json
+    python benchmarks/replay.py                        # 10,000 exposures of `data`, or all of it
+    python benchmarks/replay.py --exposures 500 --json
     python benchmarks/replay.py --quick                # 500 exposures, the `test` environment
 """
 
@@ -67,9 +67,9 @@ class Basket:
 
 
 def exposures(data: Path, spec: FeatureSpec, count: int) -> tuple[pa.Table, datetime]:
-    """Rows of the training frame after a boundary, about ``count``, and the boundary.
+    """Rows of the training frame's last whole step, ``count`` if there are as many, and its start.
 
-    The boundary is the newest one that so many exposures, or a whole step of them, follow.
+    Features advance with each step, so those of a later one are not what was online.
     """
     frame = pq.read_table(data / "05_model_input/training_frame.parquet")
     frame = frame.sort_by(EVENT_TIMESTAMP)
@@ -77,16 +77,16 @@ def exposures(data: Path, spec: FeatureSpec, count: int) -> tuple[pa.Table, date
     steps = (last - spec.grain_origin) // spec.grain
     moment = spec.grain_origin + (steps - 1) * spec.grain
     limits = [pa.scalar(m, frame[EVENT_TIMESTAMP].type) for m in (moment, moment + spec.grain)]
-    week = frame.filter(
+    step = frame.filter(
         pc.and_(
             pc.greater_equal(frame[EVENT_TIMESTAMP], limits[0]),
             pc.less(frame[EVENT_TIMESTAMP], limits[1]),
         )
     )
     # Whole requests only: the first ones, until there are enough rows.
-    names = dict.fromkeys(week.slice(0, count)[spec.entities.request].to_pylist())
-    kept = pc.is_in(week[spec.entities.request], pa.array(list(names)))
-    return week.filter(kept), moment
+    names = dict.fromkeys(step.slice(0, count)[spec.entities.request].to_pylist())
+    kept = pc.is_in(step[spec.entities.request], pa.array(list(names)))
+    return step.filter(kept), moment
 
 
 def baskets(rows: pa.Table, spec: FeatureSpec) -> list[Basket]:

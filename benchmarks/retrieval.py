@@ -1,9 +1,9 @@
 """How long retrieval takes, and how much of the exact answer an approximate index finds.
 
 Items of a thousand tastes in 32 dimensions whose sizes fall as a factorisation's do, with one of
-them for popularity, and users of the same tastes; 500 items are retrieved on one thread. ``uniform``
-items have no taste, which is the worst there is for an index by cells. With ``--data``, what the
-tower of a run retrieves of its test window.
+them for popularity, and users of the same tastes; 500 items are retrieved on one thread.
+``uniform`` items have no taste, which is the worst there is for an index by cells. With ``--data``,
+what the tower of a run retrieves of its test window.
 
     pip install 'fathom[retrieval]'         # Faiss, for the approximate index
     python benchmarks/retrieval.py
@@ -124,25 +124,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     asked = parser.parse_args(arguments)
     figures: dict[str, Any] = {"hardware": hardware(), "indexes": {}, "run": None}
-    print(f"{'items':>9}  {'kind':<8}  {'index':<26}{'build s':>9}{'p50 ms':>9}{'p95 ms':>9}"
-          f"{'recall@100':>12}{'recall@500':>12}")  # fmt: skip
+    print(
+        f"{'items':>9}  {'kind':<8}  {'index':<26}{'build s':>9}{'p50 ms':>9}{'p95 ms':>9}"
+        f"{'recall@100':>12}{'recall@500':>12}"
+    )
     with threadpool_limits(1):
         for size in QUICK if asked.quick else SIZES:
             for kind in ("tastes", "uniform"):
                 found = measure(size, kind, asked.recall)
                 figures["indexes"][f"{size} {kind}"] = found
                 for name, row in found.items():
-                    print(f"{size:>9,}  {kind:<8}  {name:<26}{row['build_s']:>9.2f}"
-                          f"{row['p50_ms']:>9.2f}{row['p95_ms']:>9.2f}"
-                          f"{row['recall_at_100']:>12.3f}{row['recall_at_500']:>12.3f}")  # fmt: skip
+                    print(
+                        f"{size:>9,}  {kind:<8}  {name:<26}{row['build_s']:>9.2f}"
+                        f"{row['p50_ms']:>9.2f}{row['p95_ms']:>9.2f}"
+                        f"{row['recall_at_100']:>12.3f}{row['recall_at_500']:>12.3f}"
+                    )
         if asked.data:
             figures["run"] = run = of_a_run(asked.data)
             print(f"\ntower of {asked.data}: {run['seconds']:.1f} s")
             for window in ("validation", "test"):
                 for name in ("recall_at_100", "recall_at_500"):
                     shares = run[window].get(name, {})
-                    print(f"  {window:<12}{name:<16}" + ", ".join(
-                        f"{who} {share:.4f}" for who, share in shares.items()))  # fmt: skip
+                    print(
+                        f"  {window:<12}{name:<16}"
+                        + ", ".join(f"{who} {share:.4f}" for who, share in shares.items())
+                    )
     if asked.json:
         print(json.dumps(figures))
 
