@@ -20,6 +20,7 @@ import bentoml
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 from starlette.testclient import TestClient
@@ -54,6 +55,8 @@ def project(run, tmp_path_factory):
         patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
         bootstrap_project(project.folder)
         yield project
+    # A session that was asked for some pipelines leaves Kedro with those alone.
+    configure_project("fathom")
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,6 @@ def _figures(summary) -> dict:
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(run, summary):
-    # Not Kedro's own list of pipelines, which is of whichever project this process was in last.
     loop = register_pipelines()["__default__"]
     nodes = {node.name for node in loop.nodes if ALWAYS not in node.tags}
     assert summary["unchanged"] == {"stages": [], "nodes": []}
