@@ -222,42 +222,55 @@ def against(figures: Mapping[str, Any], settings: str, margin: float) -> str:
     return "\n".join(lines)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Mean and spread of the model over seeds.")
-    parser.add_argument("--data", type=Path, help="folder of a run (data; data/test with --quick)")
-    parser.add_argument(
+def parser(description: str) -> argparse.ArgumentParser:
+    """What every benchmark is told that trains with several seeds on what a run left."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--data", type=Path, help="folder of a run (data; data/test with --quick)")
+    options.add_argument(
         "--training", type=Path, default=CONFIGURED, help="settings of the model (%(default)s)"
     )
-    parser.add_argument("--seeds", type=int, help="how many, from the configured one on (3; 2)")
-    parser.add_argument(
+    options.add_argument("--seeds", type=int, help="how many, from the configured one on (3; 2)")
+    options.add_argument("--quick", action="store_true", help="2 seeds, 1 epoch, on data/test")
+    options.add_argument("--json", action="store_true", help="the last line is a JSON object")
+    return options
+
+
+def asked(
+    options: argparse.ArgumentParser, fewest: int
+) -> tuple[argparse.Namespace, TrainingConfig, range]:
+    """The command line's options, what is trained, and with which seeds.
+
+    Raises:
+        ConfigError: the settings are not of a training.
+    """
+    given = options.parse_args()
+    if given.seeds is None:
+        given.seeds = 2 if given.quick else 3
+    if given.seeds < fewest:
+        options.error(f"--seeds is {given.seeds}; give {fewest} or more")
+    given.data = given.data or Path("data/test" if given.quick else "data")
+    config = TrainingConfig(
+        **yaml.safe_load(given.training.read_text(encoding="utf-8"))["training"]
+    )
+    if given.quick:
+        config = dataclasses.replace(config, epochs=1)
+    return given, config, range(config.seed, config.seed + given.seeds)
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = parser("Mean and spread of the model over seeds.")
+    options.add_argument(
         "--against",
         nargs="+",
         metavar="SETTING=VALUE",
         help="train each seed once more with these, as precision=bfloat16, and compare in pairs",
     )
-    parser.add_argument(
+    options.add_argument(
         "--margin", type=float, default=0.0005, help="what counts as no difference (%(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 1 epoch, on data/test")
-    parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
-    parsed = parser.parse_args()
-    if parsed.seeds is None:
-        parsed.seeds = 2 if parsed.quick else 3
-    if parsed.seeds < 2:
-        parser.error(f"--seeds is {parsed.seeds}; a spread needs 2 or more")
-    parsed.data = parsed.data or Path("data/test" if parsed.quick else "data")
-    return parsed
-
-
-def main() -> None:
-    """Run from the command line."""
-    given = _arguments()
-    settings = yaml.safe_load(given.training.read_text(encoding="utf-8"))["training"]
-    config = TrainingConfig(**settings)
-    if given.quick:
-        config = dataclasses.replace(config, epochs=1)
     try:
-        seeds = range(config.seed, config.seed + given.seeds)
+        given, config, seeds = asked(options, fewest=2)
         figures = measure(given.data, config, seeds)
         if given.against:
             others = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in given.against))

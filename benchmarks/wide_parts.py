@@ -11,7 +11,6 @@ wide part is encoded anew and trained with every seed; the deep part is the same
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -33,7 +32,7 @@ from fathom.hardware import hardware, peak_memory_mb
 from fathom.ranker import Ranker
 from fathom.spec import Cross, FeatureSpec
 from fathom.training import train
-from seeds import CONFIGURED, InputError, needed, shown
+from seeds import InputError, asked, needed, parser, shown
 
 CHOSEN = "08_reporting/chosen_crosses.yml"
 #: What the others are compared with.
@@ -173,33 +172,11 @@ def table(figures: Mapping[str, Any]) -> str:
     )
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What the choice of crosses is worth.")
-    parser.add_argument("--data", type=Path, help="folder of a run (data; data/test with --quick)")
-    parser.add_argument(
-        "--training", type=Path, default=CONFIGURED, help="settings of the model (%(default)s)"
-    )
-    parser.add_argument("--seeds", type=int, help="how many, from the configured one on (3; 2)")
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 1 epoch, on data/test")
-    parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
-    parsed = parser.parse_args()
-    if parsed.seeds is None:
-        parsed.seeds = 2 if parsed.quick else 3
-    if parsed.seeds < 1:
-        parser.error(f"--seeds is {parsed.seeds}; give 1 or more")
-    parsed.data = parsed.data or Path("data/test" if parsed.quick else "data")
-    return parsed
-
-
 def main() -> None:
     """Run from the command line."""
-    given = _arguments()
-    settings = yaml.safe_load(given.training.read_text(encoding="utf-8"))["training"]
-    config = TrainingConfig(**settings)
-    if given.quick:
-        config = dataclasses.replace(config, epochs=1)
     try:
-        figures = measure(given.data, config, range(config.seed, config.seed + given.seeds))
+        given, config, seeds = asked(parser("What the choice of crosses is worth."), fewest=1)
+        figures = measure(given.data, config, seeds)
     except (InputError, ConfigError) as error:
         raise SystemExit(f"wide_parts: {error}") from None
     print(table(figures))

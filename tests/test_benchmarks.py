@@ -147,7 +147,7 @@ def test_a_spread_needs_two_seeds(
     monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "1"])
     with pytest.raises(SystemExit):
         seeds.main()
-    assert "--seeds is 1; a spread needs 2 or more" in capsys.readouterr().err
+    assert "--seeds is 1; give 2 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow
