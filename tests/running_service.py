@@ -33,7 +33,7 @@ class Running:
 @contextmanager
 def running(folder: Path, config: ServingConfig | None = None) -> Iterator[Running]:
     """A service with its feature store, ready; everything is written below a folder."""
-    artifact = register(folder / "ranker")
+    artifact = register(folder / "ranker", factors=4)
     repo = feature_store(folder)
     port = free_port()
     url, log = f"http://127.0.0.1:{port}", folder / "log"

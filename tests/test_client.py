@@ -312,16 +312,20 @@ def test_the_client_needs_no_library_of_the_service(root: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_real_service_answers_both_clients_alike(service: Running) -> None:
-    asked: dict[str, Any] = {
-        "user": "u2",
-        "candidates": ["i1", {"item": "i2", "context": {"shelf": "top"}}, "nothing"],
+    shown: dict[str, Any] = {
         "context": CONTEXT,
         "timestamp": datetime(2024, 2, 1, 10, tzinfo=timezone.utc),
         "explain": True,
         "request_id": "mine-1",
     }
+    asked = {
+        "user": "u2",
+        "candidates": ["i1", {"item": "i2", "context": {"shelf": "top"}}, "nothing"],
+        **shown,
+    }
     with Client(service.url) as client:
         ranked = client.rank(**asked)
+        wanted = client.recommend("u2", 2, where={"genre": ["tea"]}, deny=["i2"], **shown)
         predicted = client.predict(service.artifact.rows)
         model = client.model(request_id="mine-2")
 
@@ -329,19 +333,22 @@ def test_a_real_service_answers_both_clients_alike(service: Running) -> None:
         async with AsyncClient(service.url) as client:
             return await asyncio.gather(
                 client.rank(**asked),
+                client.recommend("u2", 2, where={"genre": ["tea"]}, deny=["i2"], **shown),
                 client.predict(service.artifact.rows),
                 client.model(request_id="mine-2"),
             )
 
-    again, again_predicted, again_model = asyncio.run(ask())
+    again, again_wanted, again_predicted, again_model = asyncio.run(ask())
     assert ranked == again
+    assert wanted == again_wanted
     assert predicted.probabilities == again_predicted.probabilities
     assert model == again_model
 
     assert (ranked.version, ranked.request_id) == (service.artifact.version, "mine-1")
     assert (ranked.user_known, ranked.unknown_items) == (True, 1)
     assert {item.item for item in ranked.items} == {"i1", "i2", "nothing"}
-    for item in ranked.items:
+    assert len(wanted.items) == 2
+    for item in (*ranked.items, *wanted.items):
         parts = item.explanation
         assert parts is not None
         assert parts.bias + parts.deep + sum(parts.wide.values()) == pytest.approx(parts.logit)

@@ -30,7 +30,14 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fathom.api import ErrorAnswer, Fault, ModelAnswer, PredictAnswer, RankAnswer
+from fathom.api import (
+    ErrorAnswer,
+    Fault,
+    ModelAnswer,
+    PredictAnswer,
+    RankAnswer,
+    RecommendAnswer,
+)
 
 A = TypeVar("A", bound=BaseModel)
 P = ParamSpec("P")
@@ -62,6 +69,9 @@ class ClientConfig(BaseModel):
     attempts: int = Field(default=4, ge=1, le=100)
     first_wait_seconds: float = Field(default=0.05, ge=0, le=60)
     longest_wait_seconds: float = Field(default=2.0, ge=0, le=3600)
+
+
+_DEFAULTS = ClientConfig()
 
 
 class ServiceError(RuntimeError):
@@ -118,6 +128,7 @@ def _rank(
     *,
     timestamp: datetime | str | None = None,
     explain: bool = False,
+    attribute: bool = False,
     request_id: str | None = None,
 ) -> _Call[RankAnswer]:
     """Rank candidates for a user.
@@ -127,20 +138,66 @@ def _rank(
         context: values of the context columns that all candidates share.
         timestamp: moment of the exposure, UTC unless it says otherwise; now if absent.
         explain: whether to split each logit into its exact parts.
+        attribute: whether to share the deep part of each logit out over the columns.
         request_id: 1 to 64 letters, digits or ``._:-``; a random one if absent.
 
     Raises:
         ServiceError: refused, or not answered in time.
     """
-    moment = timestamp.isoformat() if isinstance(timestamp, datetime) else timestamp
     body = {
         "user": user,
         "candidates": list(candidates),
         "context": dict(context or {}),
-        "timestamp": moment,
+        "timestamp": _moment(timestamp),
         "explain": explain,
+        "attribute": attribute,
     }
     return _Call("POST", "/rank", RankAnswer, body, request_id)
+
+
+def _recommend(
+    user: str,
+    k: int = 10,
+    context: Mapping[str, Any] | None = None,
+    *,
+    timestamp: datetime | str | None = None,
+    explain: bool = False,
+    exclude_interacted: bool = False,
+    allow: Sequence[str] | None = None,
+    deny: Sequence[str] = (),
+    where: Mapping[str, Sequence[str]] | None = None,
+    diversity: float | None = None,
+    exploration: float | None = None,
+    request_id: str | None = None,
+) -> _Call[RecommendAnswer]:
+    """Recommend items to a user, out of the whole catalogue.
+
+    Args:
+        k: how many items.
+        context: values of the context columns.
+        timestamp, explain, request_id: as of `rank`.
+        exclude_interacted: whether to leave out what the user has interacted with.
+        allow, deny: the only items to choose from, and those to leave out.
+        where: attribute of items to the values of which an item must have one.
+        diversity, exploration: 0 to 1; the service's own settings if absent.
+
+    Raises:
+        ServiceError: refused, or not answered in time.
+    """
+    body = {
+        "user": user,
+        "k": k,
+        "context": dict(context or {}),
+        "timestamp": _moment(timestamp),
+        "explain": explain,
+        "exclude_interacted": exclude_interacted,
+        "allow": None if allow is None else list(allow),
+        "deny": list(deny),
+        "where": {name: list(values) for name, values in (where or {}).items()},
+        "diversity": diversity,
+        "exploration": exploration,
+    }
+    return _Call("POST", "/recommend", RecommendAnswer, body, request_id)
 
 
 def _predict(
@@ -161,6 +218,10 @@ def _model(*, request_id: str | None = None) -> _Call[ModelAnswer]:
         ServiceError: refused, or not answered in time.
     """
     return _Call("GET", "/model", ModelAnswer, None, request_id)
+
+
+def _moment(timestamp: datetime | str | None) -> str | None:
+    return timestamp.isoformat() if isinstance(timestamp, datetime) else timestamp
 
 
 # -- when to ask again ---------------------------------------------------------------------------
@@ -323,12 +384,12 @@ class Client:
     """
 
     def __init__(
-        self, url: str, api_key: str | None = None, config: ClientConfig | None = None
+        self, url: str, api_key: str | None = None, config: ClientConfig = _DEFAULTS
     ) -> None:
-        self._http = httpx.Client(**_settings(url, api_key))
-        self._config = config or ClientConfig()
+        self._http, self._config = httpx.Client(**_settings(url, api_key)), config
 
     rank = _waiting(_rank)
+    recommend = _waiting(_recommend)
     predict = _waiting(_predict)
     model = _waiting(_model)
 
@@ -361,20 +422,15 @@ class Client:
 
 
 class AsyncClient:
-    """As `Client`, for asyncio: each method is awaited.
-
-    Args:
-        url: where the service is, as ``http://127.0.0.1:3000``.
-        api_key: sent as ``Authorization: Bearer``.
-    """
+    """As `Client`, for asyncio: each method is awaited."""
 
     def __init__(
-        self, url: str, api_key: str | None = None, config: ClientConfig | None = None
+        self, url: str, api_key: str | None = None, config: ClientConfig = _DEFAULTS
     ) -> None:
-        self._http = httpx.AsyncClient(**_settings(url, api_key))
-        self._config = config or ClientConfig()
+        self._http, self._config = httpx.AsyncClient(**_settings(url, api_key)), config
 
     rank = _awaiting(_rank)
+    recommend = _awaiting(_recommend)
     predict = _awaiting(_predict)
     model = _awaiting(_model)
 
