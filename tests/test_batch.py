@@ -256,6 +256,7 @@ SHOP = Layout(
     bags=("kind", "item", "colour"),
     wide_slots=(9,),
     wide_bags=0,
+    inactive=(0, 1),
     user=0,
     item=1,
     owners=("user", "item", "item", "item", "user", "user", "item", "context", "user"),
@@ -293,7 +294,7 @@ def test_a_layout_survives_as_plain_values(layout: Layout) -> None:
 
 def test_a_layout_of_before_there_were_keys_and_owners_is_read() -> None:
     plain = dataclasses.asdict(SHOP)
-    for newer in ("user", "item", "owners", "names"):
+    for newer in ("inactive", "user", "item", "owners", "names"):
         plain.pop(newer, None)
     layout = Layout.of(plain)
     assert (layout.user, layout.item, layout.owners) == (None, None, ())
@@ -302,7 +303,14 @@ def test_a_layout_of_before_there_were_keys_and_owners_is_read() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"user": "first"}, {"item": [1]}, {"owners": 3}, {"tables": [1]}, {"numeric": None}],
+    [
+        {"user": "first"},
+        {"item": [1]},
+        {"owners": 3},
+        {"inactive": 3},
+        {"tables": [1]},
+        {"numeric": None},
+    ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_what_is_no_layout_is_refused(wrong: dict[str, Any]) -> None:

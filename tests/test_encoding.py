@@ -451,6 +451,8 @@ def test_a_batch_by_hand() -> None:
     )
     assert layout.wide_slots == (4, 3, 4, 5, 2 + 4, 2 + 50)
     assert layout.wide_bags == 3
+    # The two reserved ids of each cross, at 7, 16 and 22; those of single columns do have weights.
+    assert layout.inactive == (7, 8, 16, 17, 22, 23)
     assert batch.wide_ids[:, :2].tolist() == [[2, 6], [2, 6], [2, 6], [3, 5], [3, 5], [0, 4]]
     pairs = batch.wide_ids[:, 2].tolist()
     assert pairs[0] == pairs[1] == pairs[2] != pairs[3] == pairs[4]

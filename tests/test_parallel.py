@@ -53,6 +53,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bags": ["bag"],
         "wide_slots": [12, 12],
         "wide_bags": 0,
+        "inactive": [12, 13, 17],  # rows of both processes where they are spread
     }
     training = {
         "hidden": [16, 8],

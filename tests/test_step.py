@@ -107,6 +107,20 @@ def test_clipping_bounds_the_norm_of_the_deep_part_and_leaves_the_wide_part(monk
     assert torch.equal(clipped["wide.weight"], free["wide.weight"])
 
 
+def test_inactive_rows_have_no_weight_after_a_step_and_the_others_learn():
+    model = build(replace(LAYOUT, inactive=(0, 3)), CONFIG)
+    with torch.no_grad():
+        model.wide.weight.fill_(0.25)  # as weights of another training may be
+    optimizers = Optimizers(model, CONFIG)
+    batch = examples()
+    loss = losses(model(Inputs.of(batch)), torch.from_numpy(batch.label), "binary").mean()
+    optimizers.step(loss, len(batch), 1.0)
+    weights = model.wide.weight.detach()[:, 0]
+    assert weights[[0, 3]].tolist() == [0, 0]
+    assert not (weights[[1, 2, 4, 5]] == 0.25).any()
+    assert (weights[[1, 2, 4, 5]] != 0).all()
+
+
 def test_a_norm_within_the_bound_changes_nothing():
     splits = (examples(), examples(seed=1))
     bounded, free = (

@@ -231,6 +231,8 @@ class Layout:
         wide_slots: rows of each of the S + T wide slots, in the order of the wide table;
             single-valued slots first.
         wide_bags: T, how many of them are multi-valued.
+        inactive: rows of the wide table whose weight stays 0: what a cross has where no known
+            combination of values is there.
         user, item: places among ``fields`` of the keys of user and item; None if not there.
         owners: whose property each field, each bag and each numeric input is (``user``, ``item`` or
             ``context``), F + G + M of them; empty if it is not known.
@@ -243,6 +245,7 @@ class Layout:
     bags: tuple[str, ...]
     wide_slots: tuple[int, ...]
     wide_bags: int
+    inactive: tuple[int, ...] = ()
     user: int | None = None
     item: int | None = None
     owners: tuple[str, ...] = ()
@@ -264,6 +267,7 @@ class Layout:
                 bags=tuple(plain["bags"]),
                 wide_slots=tuple(int(rows) for rows in plain["wide_slots"]),
                 wide_bags=int(plain["wide_bags"]),
+                inactive=tuple(int(row) for row in plain.get("inactive", ())),
                 user=_place(plain.get("user")),
                 item=_place(plain.get("item")),
                 owners=tuple(str(owner) for owner in plain.get("owners", ())),

@@ -426,11 +426,19 @@ class Encoder:
             bags=tuple(table_of[c.name] for c in bags),
             wide_slots=tuple(rows for _, rows, _ in slots),
             wide_bags=sum(bag for _, _, bag in slots),
+            inactive=self._inactive,
             user=place(spec.entities.user),
             item=place(spec.entities.item),
             owners=tuple(spec.owner(name) for name in columns),
             names=columns,
         )
+
+    @property
+    def _inactive(self) -> tuple[int, ...]:
+        starts = np.cumsum([0, *(rows for _, rows, _ in self.slots)])[:-1].tolist()
+        slots = zip(starts, self.slots, strict=True)
+        crosses = [start for start, (name, _, _) in slots if name in self.crosses]
+        return tuple(start + reserved for start in crosses for reserved in (MISSING, UNKNOWN))
 
     def rows_of(self, old: Encoder) -> dict[str, NDArray[np.int64]]:
         """Which row of an older encoder's tables each row of this one's was, by key.

@@ -106,6 +106,10 @@ class Group:
         """A copy of the rows that this process holds of a table whose rows are spread."""
         return whole[self.rank :: self.world].clone()
 
+    def held_rows(self, rows: Tensor) -> Tensor:
+        """Of some rows of such a table those that this process holds, by their number here."""
+        return rows[rows % self.world == self.rank] // self.world
+
     def decided(self, wish: bool, step: int, device: torch.device) -> bool:
         """What the leading process wishes; more processes ask it at some steps only."""
         if self.world == 1:

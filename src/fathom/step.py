@@ -38,6 +38,7 @@ class Optimizers:
             for table in part.stored
         }
         self._holding = holding
+        self._linear = [part for part in model.modules() if isinstance(part, Wide)]
         wide = [table for table, part in holding.items() if isinstance(part, Wide)]
         tables = [table for table, part in holding.items() if not isinstance(part, Wide)]
         dense = [weight for weight in model.parameters() if weight not in holding]
@@ -92,6 +93,8 @@ class Optimizers:
             optimizer.scale = float(examples)
             for table, indices, sums in touched:
                 optimizer.update(table, indices, sums)
+        for part in self._linear:
+            part.silence()
 
     def wide_zero_share(self) -> float | None:
         """The share of wide weights that are exactly zero; None without a wide part."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fathom.batch import Layout
 from fathom.models import Inputs
 from fathom.models.tables import Tables, look_up, pool
+from fathom.parallel import Group
 
 
 class Wide(Tables):
@@ -16,13 +17,32 @@ class Wide(Tables):
     Looking up and adding weights is the product of a sparse 0/1 vector with the weights. All slots
     share one table of shape (rows, 1), each at its own offset.
 
+    A cross is a conjunction that is 0 unless all its parts are there (section 3.1, equation 1), so
+    combinations that have no id of their own add nothing: their weight stays 0. Were it trained,
+    it would be a bias for whatever is rare, learnt from the rare pairs of the training window and
+    given to the new ones of the days after, which are others.
+
     Args:
-        layout: its ``wide_slots``.
+        layout: its ``wide_slots`` and ``inactive``.
     """
+
+    inactive: Tensor
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(layout.wide_rows, 1))
+        inactive = torch.tensor(layout.inactive, dtype=torch.int64)
+        self.register_buffer("inactive", inactive, persistent=False)
+
+    def spread(self, holders: Group) -> None:
+        """Keep only the rows that this process is to hold."""
+        super().spread(holders)
+        self.inactive = holders.held_rows(self.inactive)
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Put the weights of inactive rows back to 0, after a step."""
+        self.weight.index_fill_(0, self.inactive, 0)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Weights by slot: (B, S) ids and T bags in, (B, S + T) out; a bag's weights are summed.
