@@ -97,11 +97,7 @@ class Exact:
             places = np.flatnonzero(allowed)
             best = top_k(query @ self._columns.take(places, axis=1), k)
             return Found(places[best.places], best.scores)
-        scores = query @ self._columns
-        if allowed is None:
-            return top_k(scores, k)
-        scores[~allowed] = -np.inf
-        return top_k(scores, min(k, int(np.count_nonzero(allowed))))
+        return top_k(query @ self._columns, k, allowed)
 
     def scores(self, query: Floats, places: Places) -> Floats:
         """Dot products of some items, shape of ``places``."""
@@ -109,29 +105,36 @@ class Exact:
         return found
 
 
-def top_k(scores: Floats, k: int) -> Found:
+def top_k(scores: Floats, k: int, allowed: Mask | None = None) -> Found:
     """The k largest of N scores, by falling score, ties by place.
 
     A threshold guessed from a sample leaves a few of a million scores to be sorted; where it was
     too high, the k-th largest itself is computed.
+
+    Args:
+        allowed: (N,) which of them count; all if None.
     """
-    size = len(scores)
-    k = min(k, size)
-    if k == 0:
-        return Found(np.zeros(0, np.int64), np.zeros(0, np.float32))
-    kept = np.arange(size)
-    sample = scores[::_SAMPLED]
+    sample = scores[::_SAMPLED] if allowed is None else scores[::_SAMPLED][allowed[::_SAMPLED]]
     # The k best have k / 64 in the sample, more or less its root; four roots are seldom too few.
     rank = math.ceil(k / _SAMPLED + 4 * math.sqrt(k / _SAMPLED) + 4)
     if rank < len(sample) // 2:
         kept = np.flatnonzero(scores >= np.partition(sample, -rank)[-rank])
-    if len(kept) < k or len(kept) > size // 2:
-        least = np.partition(scores, -k)[-k]
-        above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
-        kept = np.concatenate([above, equal[: k - len(above)]])
-    left = scores[kept]
-    order = np.lexsort((kept, -left))[:k]
-    return Found(kept[order], left[order])
+        kept = kept if allowed is None else kept[allowed[kept]]
+        if k <= len(kept) <= len(scores) // 2:
+            return _sorted(scores, kept, k)
+    places = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
+    if 0 < k < len(places):
+        some = scores[places]
+        least = np.partition(some, -k)[-k]
+        above, equal = places[some > least], places[some == least]
+        places = np.concatenate([above, equal[: k - len(above)]])
+    return _sorted(scores, places, k)
+
+
+def _sorted(scores: Floats, places: Places, k: int) -> Found:
+    left = scores[places]
+    order = np.lexsort((places, -left))[:k]
+    return Found(places[order], left[order])
 
 
 class Approximate:
@@ -169,7 +172,7 @@ class Approximate:
         squares = np.einsum("nd,nd->n", vectors, vectors)
         more = np.sqrt(np.maximum(squares.max(initial=0.0) - squares, 0.0))
         points = np.column_stack([vectors, more]).astype(np.float32)
-        self.cells = max(1, min(4 * math.isqrt(len(points)), len(points) // _POINTS_PER_CELL))
+        self.cells = max(1, min(math.isqrt(len(points)), len(points) // _POINTS_PER_CELL))
         self._cells = faiss.IndexFlatL2(points.shape[1])
         self._index = faiss.IndexIVFFlat(self._cells, points.shape[1], self.cells, faiss.METRIC_L2)
         self._index.cp.max_points_per_centroid = _POINTS_PER_CELL
@@ -177,9 +180,11 @@ class Approximate:
         self._index.train(points)
         self._index.add(points)
         self.probes, self.recall = 1, 0.0
-        queries = np.asarray(queries, np.float32)[:_MEASURED]
+        queries, k = np.asarray(queries, np.float32)[:_MEASURED], min(k, exact.size)
+        least = _least(exact, queries, k)
         while True:
-            self.recall = recall_of(self, exact, queries, k)
+            found = [self._look(query, k, None) for query in queries]
+            self.recall = _shares(exact, queries, found, least, k)
             if self.recall >= recall or self.probes >= self.cells:
                 break
             self.probes = min(2 * self.probes, self.cells)
@@ -190,32 +195,50 @@ class Approximate:
         k = min(k, count)
         if k == 0 or count * 8 < self._exact.size:
             return self._exact.search(query, k, allowed)
-        asked = np.append(np.asarray(query, np.float32), np.float32(0))[None]
-        options: dict[str, Any] = {"nprobe": self.probes}
-        if allowed is not None:
-            bits = np.packbits(allowed, bitorder="little")
-            options["sel"] = self._faiss.IDSelectorBitmap(bits)
-        _, ((*found,),) = self._index.search(
-            asked, k, params=self._faiss.SearchParametersIVF(**options)
-        )
-        places = np.sort(np.array(found, np.int64))
-        if places[0] < 0:  # fewer than k in these cells
+        places = self._look(query, k, allowed)
+        if len(places) < k:  # there are no more in these cells
             return self._exact.search(query, k, allowed)
         scores = self._exact.scores(query, places)
         order = np.argsort(-scores, kind="stable")
         return Found(places[order], scores[order])
 
+    def _look(self, query: Floats, k: int, allowed: Mask | None) -> Places:
+        """At most k places, rising, of those that are allowed in the cells that are looked at."""
+        options: dict[str, Any] = {"nprobe": self.probes}
+        if allowed is not None:
+            bits = np.packbits(allowed, bitorder="little")
+            options["sel"] = self._faiss.IDSelectorBitmap(bits)
+        asked = np.append(np.asarray(query, np.float32), np.float32(0))[None]
+        parameters = self._faiss.SearchParametersIVF(**options)
+        _, found = self._index.search(asked, k, params=parameters)
+        places: Places = np.sort(found[0])
+        return places[places >= 0]
+
 
 def recall_of(index: Index, exact: Exact, queries: Floats, k: int) -> float:
     """The mean share of the k exact items, or their equals, that an index finds."""
-    shares = []
-    for query in queries:
-        least = exact.search(query, k).scores
-        found = index.search(query, k).scores
-        # By score: among equals, any is as good. Scores of the two differ in their last bits.
-        bound = least[-1] - 1e-5 * abs(least[-1]) if len(least) else 0.0
-        shares.append(np.count_nonzero(found >= bound) / max(len(least), 1))
+    found = [index.search(query, k).places for query in queries]
+    return _shares(exact, queries, found, _least(exact, queries, k), k)
+
+
+def _shares(
+    exact: Exact, queries: Floats, found: list[Places], least: NDArray[Any], k: int
+) -> float:
+    """`recall_of` of what was found, given the least score of each exact answer."""
+    shares = [
+        np.count_nonzero(exact.scores(query, places) >= bound) / k
+        for query, places, bound in zip(queries, found, least, strict=True)
+    ]
     return float(np.mean(shares)) if shares else 1.0
+
+
+def _least(exact: Exact, queries: Floats, k: int) -> NDArray[Any]:
+    """The least score of each exact answer, (Q,): among equals, any item is as good.
+
+    Less the last bits, in which sums of another order differ.
+    """
+    scores = [exact.search(query, k).scores for query in queries]
+    return np.array([found[-1] - 1e-5 * np.abs(found).max() for found in scores])
 
 
 # -- the list ------------------------------------------------------------------------------------
