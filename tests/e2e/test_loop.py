@@ -238,3 +238,31 @@ def test_unknown_users_and_items_are_scored_and_counted(service, visit):
     assert answer.json()["user_known"] is False
     assert answer.json()["unknown_items"] == 1
     assert all(0 < item["probability"] < 1 for item in answer.json()["items"])
+
+
+def test_recommendations_over_http_are_ranked_as_rank_ranks_them(service, visit):
+    row, _, moment = visit
+    request = {
+        "user": row["household_id"],
+        "context": {name: row[name] for name in ("store_id", "display", "mailer")},
+        "timestamp": moment.isoformat(),
+    }
+    more = {"k": 20, "exclude_interacted": True, "where": {"department": ["GROCERY"]}}
+    answer = httpx.post(f"{service}/recommend", json=request | more, timeout=30)
+    assert answer.status_code == 200, answer.text
+    items = answer.json()["items"]
+    assert {item["source"] for item in items} == {"retrieved"}
+    assert len(items) == 20 <= answer.json()["ranked"]
+    candidates = {"candidates": [item["item"] for item in items]}
+    ranked = httpx.post(f"{service}/rank", json=request | candidates, timeout=30).json()["items"]
+    assert [item["item"] for item in ranked] == [item["item"] for item in items]
+    np.testing.assert_allclose(
+        [item["probability"] for item in ranked],
+        [item["probability"] for item in items],
+        atol=TOLERANCE,
+        rtol=0,
+    )
+    stranger = request | {"user": "nobody"}
+    popular = httpx.post(f"{service}/recommend", json=stranger, timeout=30).json()
+    assert popular["popular"]
+    assert {item["source"] for item in popular["items"]} == {"popular"}
