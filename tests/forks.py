@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 #: One process imports these and forks for each command. Kedro and Fathom are not among them: what
-#: they read when they are imported is the project's.
-VENDORS = ["evidently", "feast", "great_expectations", "ibis", "skops.io", "torch"]
+#: they read when they are imported is the project's. Optimizers import torch._dynamo.
+VENDORS = ["evidently", "feast", "great_expectations", "ibis", "skops.io", "torch._dynamo"]
 SECONDS = 600
 
 _FORKS = get_context("forkserver")

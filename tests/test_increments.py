@@ -713,7 +713,7 @@ def pieces(rows: list[Row], cuts: list[int]) -> list[list[Row]]:
     return [[row for row in rows if known_from(row) < day(cut)] for cut in sorted(cuts)] + [rows]
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(rows=LOGS, cuts=st.lists(st.integers(-2, 8), max_size=4, unique=True))
 def test_parts_of_any_pieces_add_up_to_the_whole(rows: list[Row], cuts: list[int]):
     """The algebra by itself: what is carried, and what arrives, give what all would give."""
@@ -738,7 +738,7 @@ def test_parts_of_any_pieces_add_up_to_the_whole(rows: list[Row], cuts: list[int
         assert ordered(found) == ordered(expected.to_pyarrow().to_pylist())
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     interactions=LOGS,
     exposures=LOGS,

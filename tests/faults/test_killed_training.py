@@ -43,7 +43,7 @@ def examples(rows: int, seed: int) -> Batch:
 def _stop_the_server() -> Iterator[None]:
     """These tests have a fork server of their own, and it and what tracks its resources end."""
     forkserver._forkserver._stop()
-    SERVER.set_forkserver_preload(["fathom.training"])
+    SERVER.set_forkserver_preload(["fathom.training", "torch._dynamo"])  # which optimizers import
     yield
     forkserver._forkserver._stop()
     resource_tracker._resource_tracker._stop()
@@ -117,7 +117,7 @@ def test_killed_at_any_moment_it_ends_bit_equal(job: Path, tmp_path: Path):
         training = Training(job, disturbed)
         began = checkpoint.latest(disturbed)
         while checkpoint.latest(disturbed) == began and training.process.is_alive():
-            time.sleep(0.001)  # until it has made some progress
+            time.sleep(0.005)  # until it has made some progress
         time.sleep(draw.random() * 0.15)
         training.process.kill()
         code, said = training.end()
