@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fathom.batch import Ragged
 from fathom.config import TrainingConfig
 from fathom.encoding import Values, fit_encoder
-from fathom.fast import FastScorer
+from fathom.fast import HALF_TOLERANCE, FastScorer
 from fathom.lookup import spread_frame
 from fathom.ranker import Ranker
 from fathom.spec import FeatureSpec
@@ -83,6 +83,18 @@ def test_a_score_is_the_references(fast: Ranker, request: tuple[dict[str, Values
             found = scorer.score(columns, count)
             assert found.shape == (count,)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["deep", "wide_deep", "ensemble"])
+def test_in_bfloat16_scores_are_near_and_the_best_stays_the_best(model: str) -> None:
+    layered = ranker(model=model, hidden=(64, 32))
+    columns = {n: rows(v, [3] if n == "city" else list(range(200))) for n, v in FRAME.items()}
+    expected = layered.score(spread_frame(columns, 200))
+    half = FastScorer(layered, precision="bfloat16")
+    found = half.score(columns, 200)
+    assert half.tolerance == HALF_TOLERANCE
+    assert 0 < np.abs(found - expected).max() < HALF_TOLERANCE
+    assert expected[found.argmax()] == pytest.approx(expected.max(), abs=HALF_TOLERANCE)
 
 
 def test_no_candidates_have_no_scores(fast: Ranker) -> None:

@@ -63,14 +63,10 @@ def hash_value(value: str) -> int:
 
 
 def hash_values(values: NDArray[Any]) -> Keys:
-    """`hash_value` of each value, shape kept; 0 for ``None``."""
-    known: dict[Any, int] = {None: 0}
-    hashes = np.empty(len(values), np.uint64)
-    for i, value in enumerate(values.tolist()):
-        if value not in known:
-            known[value] = hash_value(value)
-        hashes[i] = known[value]
-    return hashes
+    """`hash_value` of each of N values, (N,); 0 for ``None``."""
+    listed = values.tolist()
+    hashes = {value: 0 if value is None else hash_value(value) for value in set(listed)}
+    return np.fromiter(map(hashes.__getitem__, listed), np.uint64, len(listed))
 
 
 def bucket(values: NDArray[Any], boundaries: Sequence[float] | None) -> NDArray[Any]:
@@ -256,13 +252,18 @@ def with_ratios(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:
     completed = dict(frame)
     for column in spec.columns:
         if column.ratio is not None:
-            of = np.nan_to_num(np.asarray(frame[column.ratio.of], np.float64))
-            to = np.nan_to_num(np.asarray(frame[column.ratio.to], np.float64))
+            of, to = (_or_zero(frame[name]) for name in (column.ratio.of, column.ratio.to))
             divisor = to + column.ratio.plus
             missing = np.full(np.broadcast_shapes(of.shape, to.shape), np.nan)
             ratio = np.divide(of, divisor, out=missing, where=divisor != 0)
             completed[column.name] = ratio.astype(np.float32)
     return completed
+
+
+def _or_zero(values: Values) -> NDArray[np.float64]:
+    numbers = np.array(values, np.float64)
+    numbers[np.isnan(numbers)] = 0
+    return numbers
 
 
 def _default(column: Column, values: Values, moments: Values) -> Values:
@@ -271,13 +272,15 @@ def _default(column: Column, values: Values, moments: Values) -> Values:
     if column.aggregate is None:
         return values.astype(np.float32)
     measure = column.aggregate.measure
-    numbers = values.astype(np.float64)
     if measure == "recency_days":
         assert not isinstance(moments, Ragged)
         now = moments.astype("datetime64[us]").astype(np.float64)
-        return ((now - numbers) / _MICROSECONDS_PER_DAY).astype(np.float32)
-    absent = {"count": 0.0, "sum": 0.0, "rate": column.aggregate.prior}.get(measure, np.nan)
-    return np.where(np.isnan(numbers), absent, numbers).astype(np.float32)
+        return ((now - values.astype(np.float64)) / _MICROSECONDS_PER_DAY).astype(np.float32)
+    numbers = values.astype(np.float32)
+    absent = {"count": 0.0, "sum": 0.0, "rate": column.aggregate.prior}.get(measure)
+    if absent is not None:
+        numbers[np.isnan(numbers)] = absent
+    return numbers
 
 
 # -- fitted parts --------------------------------------------------------------------------------

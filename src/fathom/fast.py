@@ -18,9 +18,9 @@ Models whose deep part is another one are scored by the reference.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,16 +29,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fathom.batch import Ragged
-from fathom.encoding import Keys, Values, Vocabulary, column_hashes, cross_keys
+from fathom.encoding import Keys, Scaler, Values, Vocabulary, column_hashes, cross_keys
+from fathom.kept import KeptItems
 from fathom.lookup import spread, spread_frame
 from fathom.models import Model
-from fathom.models.deep import Deep, Embeddings
+from fathom.models.deep import Deep, Embeddings, relu_linear
 from fathom.models.ensemble import Ensemble
 from fathom.models.wide import Wide
-from fathom.ranker import Ranker, sigmoid
+from fathom.ranker import TOLERANCE, Ranker, sigmoid
+from fathom.spec import FeatureSpec
 
-#: Most bytes that the kept terms of items may take.
+#: Most bytes that what is kept of items may take.
 _MOST_BYTES = 128 << 20
+#: How far a probability may be from the reference's where layers compute in bfloat16.
+HALF_TOLERANCE = 0.02
 
 Compact = Mapping[str, Values]
 Ints = NDArray[np.int64]
@@ -64,16 +68,74 @@ class _Field:
         return functional.embedding(torch.from_numpy(self.vocabulary.ids(values)), self.table)
 
 
+class _Scales:
+    """`Scaler.scale` of C columns at once."""
+
+    def __init__(self, scalers: Sequence[Scaler]) -> None:
+        most = max((len(scaler.quantiles) for scaler in scalers), default=0)
+        self._bounds = torch.full((len(scalers), max(most, 2)), torch.inf, dtype=torch.float64)
+        lasts = torch.zeros(len(scalers), 1, dtype=torch.int64)
+        for row, last, scaler in zip(self._bounds, lasts, scalers, strict=True):
+            quantiles = torch.from_numpy(scaler.quantiles)
+            last += len(quantiles) - 1
+            # One alone says nothing: whatever is between these two is in the middle.
+            row[: max(len(quantiles), 2)] = quantiles if last else torch.tensor([0.0, 1.0])
+        self._step = torch.where(lasts > 0, 1 / lasts.double(), 0.0)
+        self._middle = torch.where(lasts > 0, 0.0, 0.5).double()
+        self._below = (lasts - 1).clamp(min=0)
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """(C, n) numbers in, (2C, n) out: distribution values, then whether each was missing."""
+        at = torch.searchsorted(self._bounds, numbers, right=True).sub_(1).clamp_(min=0)
+        at = torch.minimum(at, self._below)
+        low, high = self._bounds.gather(1, at), self._bounds.gather(1, at + 1)
+        scaled = (numbers - low).div_(high - low).clamp_(0, 1).add_(at)
+        missing = torch.isnan(numbers)
+        scaled.mul_(self._step).add_(self._middle).masked_fill_(missing, 0)
+        return torch.cat([scaled, missing]).float()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The first layer's inputs that candidates share, or those that differ, and their weights."""
+
+    fields: Sequence[_Field]
+    numbers: Sequence[str]
+    scales: _Scales
+    weights: Tensor
+
+    def added_to(self, hidden: Tensor, columns: Compact) -> Tensor:
+        """(1, H) or (N, H) in, with what these inputs, of 1 row or of N, add to it out."""
+        if len(self.weights) == 0:
+            return hidden
+        parts = [field.embed(columns[field.name]) for field in self.fields]
+        if self.numbers:
+            numbers = [np.asarray(columns[name]) for name in self.numbers]
+            flat = torch.from_numpy(np.concatenate(numbers, dtype=np.float64))
+            parts.append(self.scales(flat.view(len(numbers), -1)).T)
+        return torch.addmm(hidden, torch.cat(parts, 1), self.weights)
+
+
 class FastScorer:
     """A ranker's fast path. Safe to share between threads.
 
     Args:
         ranker: whose scores it gives; its weights must not change any more.
-        most_bytes: for the kept terms of items; if there are more items, all are begun anew.
+        most_bytes: for what is kept of items; if it takes more, it is begun anew.
+        precision: of the layers between the first and the last. In bfloat16 the sums inside a
+            product stay float32, but scores are no longer the reference's to within its rounding.
     """
 
-    def __init__(self, ranker: Ranker, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(
+        self,
+        ranker: Ranker,
+        most_bytes: int = _MOST_BYTES,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
         self._ranker, self._encoder = ranker, ranker.encoder
+        self._type = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        #: How far a probability may be from the reference's.
+        self.tolerance = TOLERANCE if precision == "float32" else HALF_TOLERANCE
         model = ranker.model
         #: Whether there is a faster way than the reference.
         self.available = _is_sum(model)
@@ -87,8 +149,17 @@ class FastScorer:
         self._wide_share, self._deep_share, self._bias = shares
         self._wide = model.wide.weight.detach()[:, 0] if isinstance(model.wide, Wide) else None
         self._is_deep = isinstance(model.deep, Deep)
+        spec = self._encoder.spec
+        of_items = [
+            c.name for c in spec.columns if c.kind == "categorical" and spec.owner(c.name) == "item"
+        ]
+        self._items = KeptItems(of_items, most_bytes)
+        self._of_items = frozenset(of_items)
+        self._slots = [] if self._wide is None else list(self._wide_slots(self._wide.numpy()))
+        #: Of what is kept; requests that come at once take turns.
+        self._lock = threading.Lock()
         if isinstance(model.deep, Deep):
-            self._split(model.deep, most_bytes)
+            self._split(model.deep)
 
     def score(self, columns: Compact, count: int) -> NDArray[np.float64]:
         """Probabilities (for regression: predicted values) of N candidates.
@@ -101,21 +172,28 @@ class FastScorer:
             return np.zeros(0)
         if not self.available:
             return self._ranker.score(spread_frame(columns, count))
-        with torch.inference_mode():
-            logits = np.full(count, self._bias)
+        logits = np.full(count, self._bias)
+        with self._lock, torch.inference_mode():
+            apart = all(len(columns[name]) == count for name in self._of_items)
+            places = self._items.find(columns) if apart and self._of_items else None
             if self._is_deep:
-                logits += self._deep_share * self._deep(columns, count)
-        if self._wide is not None:
-            logits += self._wide_share * self._cross(columns, count)
+                logits += self._deep_share * self._deep(columns, places)
+            if self._wide is not None:
+                logits += self._wide_share * self._cross(columns, places)
         return sigmoid(logits) if self._ranker.spec.task == "binary" else logits
 
     # -- the deep part ---------------------------------------------------------------------------
 
-    def _split(self, deep: Deep, most_bytes: int) -> None:
+    def _split(self, deep: Deep) -> None:
         """Take the first layer apart by the columns that it reads."""
         spec, embeddings = self._encoder.spec, deep.embeddings
         layers = [part for part in deep.layers if isinstance(part, nn.Linear)]
-        first, *self._layers = layers
+        first, *others = layers
+        self._layers = [
+            (layer.weight.detach().to(self._type), layer.bias.detach().to(self._type))
+            for layer in others[:-1]
+        ]
+        self._last = others[-1] if others else None
         outputs = first.out_features
         bias = first.bias
         self._first_bias = torch.zeros(outputs) if bias is None else bias.detach()
@@ -128,136 +206,145 @@ class FastScorer:
             for name, inputs in zip(embeddings.columns.names, embeddings.columns.parts, strict=True)
             if not spec.by_name[name].is_numeric
         ]
-        kept = [f for f in fields if spec.owner(f.name) == "item" and not self._is_list(f.name)]
-        self._of_items = kept
-        self._others = [field for field in fields if field not in kept]
-        self._item_weights = self._weights_of(field.inputs for field in kept)
-        self._kept = torch.empty(max(most_bytes // (4 * outputs), 0), outputs)
-        self._places: dict[tuple[str | None, ...], int] = {}
-        self._lock = threading.Lock()
-        #: Of what candidates share and what they do not, the weights of both.
-        self._chosen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
+        self._item_fields = [field for field in fields if field.name in self._of_items]
+        self._others = [field for field in fields if field.name not in self._of_items]
+        self._item_weights = self._weights_of(field.inputs for field in self._item_fields)
+        self._names = [*(field.name for field in fields), *self._numbers]
+        #: By which of the columns candidates share, if the items' are apart.
+        self._chosen: dict[tuple[bool, ...], tuple[_Part, _Part]] = {}
 
     def _field(self, embeddings: Embeddings, name: str, inputs: slice) -> _Field:
         table = self._encoder.table_of[name]
         return _Field(name, self._encoder.tables[table], embeddings.table(table).detach(), inputs)
-
-    def _is_list(self, name: str) -> bool:
-        return self._encoder.spec.by_name[name].kind != "categorical"
 
     def _weights_of(self, inputs: Iterable[slice]) -> Tensor:
         """Rows of the first layer's weights, one part after the other."""
         parts = [self._weights[part] for part in inputs]
         return torch.cat(parts) if parts else self._weights[:0]
 
-    def _deep(self, columns: Compact, count: int) -> NDArray[np.float64]:
+    def _deep(self, columns: Compact, places: Ints | None) -> NDArray[np.float64]:
         """(N,) or (1,) logits of the deep part."""
-        items = self._of_items
-        apart = all(len(columns[field.name]) == count for field in items)
-        fields = self._others if apart else [*items, *self._others]
-        shared: list[Tensor] = []
-        differ: list[Tensor] = []
-        for field in fields:
-            values = columns[field.name]
-            (shared if len(values) == 1 else differ).append(field.embed(values))
-        numbers = self._scaled(columns)
-        shared.append(numbers[0])
-        if numbers[1] is not None:
-            differ.append(numbers[1])
-        of_shared, of_differ = self._choice(fields, columns, apart)
-        hidden = torch.addmm(self._first_bias, torch.cat(shared, 1), of_shared)
-        if apart and items:
-            hidden = self._item_terms([columns[f.name] for f in items]) + hidden
-        if differ:
-            hidden = torch.addmm(hidden, torch.cat(differ, 1), of_differ)
-        if self._layers:
-            hidden = functional.relu_(hidden)
-        for layer in self._layers:
-            hidden = layer(hidden)
+        shared, differ = self._parts(columns, places is not None)
+        hidden = shared.added_to(self._first_bias[None], columns)
+        if places is not None and self._item_fields:
+            hidden = self._item_terms(columns, places) + hidden
+        hidden = differ.added_to(hidden, columns)
+        if self._last is not None:
+            hidden = functional.relu_(hidden).to(self._type)
+            for weight, bias in self._layers:
+                hidden = relu_linear(hidden, weight, bias)
+            hidden = self._last(hidden.float())
         return hidden[:, 0].double().numpy()
 
-    def _choice(
-        self, fields: Sequence[_Field], columns: Compact, apart: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The first layer's weights of the inputs that are shared, and of those that are not."""
-        alike = [len(columns[field.name]) == 1 for field in fields]
-        alike += [len(columns[name]) == 1 for name in self._numbers]
-        key = (apart, *alike)
+    def _parts(self, columns: Compact, apart: bool) -> tuple[_Part, _Part]:
+        """The inputs that candidates share, and those that differ between them."""
+        fields = self._others if apart else [*self._item_fields, *self._others]
+        key = (apart, *(len(columns[name]) == 1 for name in self._names))
         if key not in self._chosen:
-            start = self._first_number
-            inputs = [field.inputs for field in fields]
-            inputs += [slice(start + 2 * i, start + 2 * i + 2) for i in range(len(self._numbers))]
-            places = list(zip(inputs, alike, strict=True))
-            self._chosen[key] = (
-                self._weights_of(part for part, is_shared in places if is_shared),
-                self._weights_of(part for part, is_shared in places if not is_shared),
-            )
+            found = []
+            for alike in (True, False):
+                some = [field for field in fields if (len(columns[field.name]) == 1) == alike]
+                names = [name for name in self._numbers if (len(columns[name]) == 1) == alike]
+                firsts = [self._first_number + 2 * self._numbers.index(name) for name in names]
+                places = [field.inputs for field in some]
+                places += [slice(first + i, first + i + 1) for i in (0, 1) for first in firsts]
+                scales = _Scales([self._encoder.scalers[name] for name in names])
+                found.append(_Part(some, names, scales, self._weights_of(places)))
+            self._chosen[key] = (found[0], found[1])
         return self._chosen[key]
 
-    def _scaled(self, columns: Compact) -> tuple[Tensor, Tensor | None]:
-        """Numeric inputs, (1, 2S) of the numbers that are shared and (N, 2C) of the others."""
-        alike: list[float] = []
-        differ: list[NDArray[Any]] = []
-        for name in self._numbers:
-            values = columns[name]
-            assert not isinstance(values, Ragged)
-            scaled = self._encoder.scalers[name].scale(values)
-            if len(values) == 1:
-                alike += (float(scaled[0]), float(np.isnan(values[0])))
-            else:
-                differ += (scaled, np.isnan(values))
-        others = torch.from_numpy(np.stack(differ, 1, dtype=np.float32)) if differ else None
-        return torch.tensor(alike)[None], others
+    def _item_terms(self, columns: Compact, places: Ints) -> Tensor:
+        """(N, H): the sums over each item's attributes, which are kept."""
 
-    # -- what is kept of items -------------------------------------------------------------------
+        def sums(new: Ints) -> NDArray[np.float32]:
+            parts = [f.embed(np.asarray(columns[f.name])[new]) for f in self._item_fields]
+            found: NDArray[np.float32] = (torch.cat(parts, 1) @ self._item_weights).numpy()
+            return found
 
-    def _item_terms(self, columns: Sequence[Values]) -> Tensor:
-        """(N, H): the sums over each item's attributes, kept for the next request."""
-        items = list(zip(*(np.asarray(values).tolist() for values in columns), strict=True))
-        with self._lock:
-            new = [item for item in dict.fromkeys(items) if item not in self._places]
-            if len(self._places) + len(new) > len(self._kept):
-                self._places.clear()
-                new = list(dict.fromkeys(items))
-            if len(new) > len(self._kept):
-                return self._sums(items)
-            if new:
-                start = len(self._places)
-                self._kept[start : start + len(new)] = self._sums(new)
-                self._places.update(zip(new, range(start, start + len(new)), strict=True))
-            places = torch.tensor([self._places[item] for item in items])
-            return self._kept.index_select(0, places)
-
-    def _sums(self, items: Sequence[tuple[str | None, ...]]) -> Tensor:
-        """(n, H): the sums over items' attributes."""
-        columns = [np.array(values, object) for values in zip(*items, strict=True)]
-        parts = [f.embed(values) for f, values in zip(self._of_items, columns, strict=True)]
-        return torch.cat(parts, 1) @ self._item_weights
+        like = np.empty((0, len(self._first_bias)), np.float32)
+        return torch.from_numpy(self._items.numbers("first layer", like, places, sums))
 
     # -- the wide part ---------------------------------------------------------------------------
 
-    def _cross(self, columns: Compact, count: int) -> NDArray[np.float64]:
-        """(N,) or (1,) sums of the weights of all wide columns and crosses."""
-        assert self._wide is not None
-        weights = self._wide.numpy()
-        total: NDArray[np.float64] = np.zeros(1)
-        hashed: dict[str, Keys | Ragged] = {}
-        crosses = {cross.name: cross for cross in self._encoder.spec.crosses}
+    def _wide_slots(self, weights: NDArray[np.float32]) -> Iterator[_Slot]:
+        """The wide part's slots and their weights."""
+        spec, encoder = self._encoder.spec, self._encoder
+        crosses = {cross.name: cross for cross in spec.crosses}
         start = 0
-        for name, rows, _ in self._encoder.slots:
-            own = weights[start : start + rows]
+        for name, rows, _ in encoder.slots:
+            of_name = weights[start : start + rows]
             start += rows
-            if name not in crosses:
-                total = total + _summed(own, self._encoder.wide[name].ids, columns[name])
+            names = crosses[name].columns if name in crosses else (name,)
+            context = tuple(n for n in names if n not in self._of_items)
+            kept = len(context) < len(names) and all(
+                spec.owner(n) == "context" and spec.by_name[n].kind in {"categorical", "numeric"}
+                for n in context
+            )
+            ids = encoder.crosses[name].ids if name in crosses else encoder.wide[name].ids
+            yield _Slot(name, names, name in crosses, context, kept, of_name, ids)
+
+    def _cross(self, columns: Compact, places: Ints | None) -> NDArray[np.float64]:
+        """(N,) or (1,) sums of the weights of all wide columns and crosses."""
+        total: NDArray[np.float64] = np.zeros(1)
+        hashes = _Hashes(self._encoder.spec, columns)
+        for slot in self._slots:
+            alike = all(len(columns[name]) == 1 for name in slot.context)
+            if places is None or not slot.kept or not alike:
+                total = total + slot.sums(columns, hashes)
                 continue
-            names = crosses[name].columns
-            for part in names:
-                if part not in hashed:
-                    hashed[part] = column_hashes(self._encoder.spec.by_name[part], columns[part])
-            keys, places = _combined([hashed[part] for part in names])
-            sums = _summed(own, self._encoder.crosses[name].ids, keys)
-            total = total + (sums if places is None else sums.take(places))
+
+            def sums(new: Ints, slot: _Slot = slot) -> NDArray[np.float64]:
+                some = dict(columns)
+                for name in slot.columns:
+                    if name not in slot.context:
+                        some[name] = np.asarray(columns[name])[new]
+                return slot.sums(some, _Hashes(self._encoder.spec, some))
+
+            key = (slot.name, *(int(hashes.of(name)[0]) for name in slot.context))
+            total = total + self._items.numbers(key, np.empty(0), places, sums)
         return total
+
+
+class _Hashes:
+    """The hashes of a request's columns, each computed when it is first asked for."""
+
+    def __init__(self, spec: FeatureSpec, columns: Compact) -> None:
+        self._spec, self._columns = spec, columns
+        self._found: dict[str, Keys | Ragged] = {}
+
+    def of(self, name: str) -> Any:
+        """(n,) or lists, as the column is."""
+        if name not in self._found:
+            self._found[name] = column_hashes(self._spec.by_name[name], self._columns[name])
+        return self._found[name]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A wide column or a cross.
+
+    Args:
+        columns: what it is of.
+        context: those of them that are no attributes of the item.
+        kept: whether its sums may be kept for each item and context.
+        weights: of its ids.
+    """
+
+    name: str
+    columns: Sequence[str]
+    is_cross: bool
+    context: Sequence[str]
+    kept: bool
+    weights: NDArray[np.float32]
+    ids: Callable[[Any], NDArray[Any]]
+
+    def sums(self, columns: Compact, hashes: _Hashes) -> NDArray[np.float64]:
+        """(N,) or (1,) sums of the weights of its values."""
+        if not self.is_cross:
+            return _summed(self.weights, self.ids, columns[self.name])
+        keys, places = _combined([hashes.of(name) for name in self.columns])
+        sums = _summed(self.weights, self.ids, keys)
+        return sums if places is None else sums.take(places)
 
 
 def _combined(parts: Sequence[Keys | Ragged]) -> tuple[Keys | Ragged, Ints | None]:

@@ -111,7 +111,7 @@ class Ranking:
         config = config or ServingConfig()
         self.version = verify(folder)
         self.ranker = Ranker.load(folder)
-        self.scorer = FastScorer(self.ranker)
+        self.scorer = FastScorer(self.ranker, precision=config.precision)
         self.recommender = Recommender(self.ranker, config.retrieval) if self.ranker.tower else None
         self.store: OnlineStore = (
             before.store
@@ -142,12 +142,13 @@ class Ranking:
         rows, recorded = self._golden.rows, np.array(self._golden.probabilities)
         if rows:
             frame = spread_frame(frame_of_rows(rows, self.ranker.spec), len(rows))
-            for found in (self.ranker.score(frame), self.scorer.score(frame, len(rows))):
-                wrong = int((~(np.abs(found - recorded) <= TOLERANCE)).sum())  # NaN is wrong, too
+            reference, fast = self.ranker.score(frame), self.scorer.score(frame, len(rows))
+            for found, bound in ((reference, TOLERANCE), (fast, self.scorer.tolerance)):
+                wrong = int((~(np.abs(found - recorded) <= bound)).sum())  # NaN is wrong, too
                 if wrong:
                     raise RehearsalError(
                         f"{wrong} of {len(rows)} golden probabilities of {self.version} differ by "
-                        f"more than {TOLERANCE:g}; register the version again"
+                        f"more than {bound:g}; register the version again"
                     )
         until = time.monotonic() + seconds
         while self.store.state == "opening" and time.monotonic() < until:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +44,8 @@ class ServingConfig(BaseModel):
         deadline_seconds: how long a request may take, reading its body included (408, 504).
         api_keys: file of the keys (`fathom.keys`) of those who may ask; null lets everybody.
         try_page: whether there is a page at ``/try`` to rank items by hand.
+        precision: of the layers that score; ``bfloat16`` is faster for large ones, and moves
+            probabilities (`fathom.fast.HALF_TOLERANCE`).
         retrieval: how ``/recommend`` retrieves (`fathom.retrieval.RetrievalConfig`).
     """
 
@@ -61,7 +63,7 @@ class ServingConfig(BaseModel):
     deadline_seconds: float = Field(default=5.0, gt=0, le=30)
     api_keys: str | None = None
     try_page: bool = False
-
+    precision: Literal["float32", "bfloat16"] = "float32"
     retrieval: RetrievalConfig = RetrievalConfig()
 
     @property

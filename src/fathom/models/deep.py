@@ -202,6 +202,14 @@ class ReluLinear(nn.Linear):
         return functional.relu(functional.linear(x.to(dtype), weight, bias))
 
 
+def relu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, outputs): ReLU(x W^T + b) of one type, by oneDNN where it has it; without a gradient."""
+    if x.device.type == "cpu" and len(x) and _fuses(weight.dtype):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
+        return found
+    return functional.relu_(functional.linear(x, weight, bias))
+
+
 @cache
 def _fuses(dtype: torch.dtype) -> bool:
     """Whether this build and processor have oneDNN's fused product in a type."""
