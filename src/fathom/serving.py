@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fathom import api
 from fathom.metrics import metrics
 from fathom.retrieval import RetrievalConfig
+from fathom.service_log import log
 from fathom.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 #: Between two attempts to open a feature store, or to refresh one after a failure.
 RETRY_SECONDS = 10.0
-
-# A child of BentoML's logger, which is the one that its server formats and prints.
-log = logging.getLogger("bentoml.fathom")
 
 
 class ServingConfig(BaseModel):
@@ -43,6 +40,8 @@ class ServingConfig(BaseModel):
         queue_seconds: a request that would wait longer for its turn is turned away (429).
         deadline_seconds: how long a request may take, reading its body included (408, 504).
         api_keys: file of the keys (`fathom.keys`) of those who may ask; null lets everybody.
+        log_format: ``text``, or ``json`` for one object a line, with one for each request.
+        log_personal: whether the texts of errors in requests are logged, which may quote values.
         try_page: whether there is a page at ``/try`` to rank items by hand.
         retrieval: how ``/recommend`` retrieves (`fathom.retrieval.RetrievalConfig`).
     """
@@ -60,8 +59,9 @@ class ServingConfig(BaseModel):
     queue_seconds: float = Field(default=0.05, gt=0, le=30)
     deadline_seconds: float = Field(default=5.0, gt=0, le=30)
     api_keys: str | None = None
+    log_format: Literal["text", "json"] = "text"
+    log_personal: bool = False
     try_page: bool = False
-
     retrieval: RetrievalConfig = RetrievalConfig()
 
     @property
