@@ -113,15 +113,13 @@ class FeatureRepo:
 
     def open(self) -> FeatureStore:
         """Feast's own handle. Its settings are also written to ``feature_store.yaml``."""
-        from feast import FeatureStore
-
         path = self.folder / "feature_store.yaml"
         text = yaml.safe_dump(self._settings(), sort_keys=False)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             files.write_text(path, text)
         # Feast makes a new registry's tables when it is first touched; two at once would fail.
         with files.locked(self.folder / ".opening", wait=True):
-            store = FeatureStore(repo_path=str(self.folder))
+            store: FeatureStore = _feast().FeatureStore(repo_path=str(self.folder))
             _stamp_states(store.registry)
         return store
 
@@ -518,6 +516,23 @@ def _completed(table: pa.Table, spine: pa.Table, spec: FeatureSpec) -> pa.Table:
 
 
 # -- Feast ---------------------------------------------------------------------------------------
+
+
+def _feast() -> Any:
+    """Feast, without typeguard's checks of what its functions are given.
+
+    To add them, typeguard parses and compiles Feast's own source anew: four fifths of the seconds
+    that importing Feast takes, at every start of a service.
+    """
+    import typeguard
+
+    checked = typeguard.typechecked
+    typeguard.typechecked = lambda target: target  # type: ignore[assignment]
+    try:
+        import feast
+    finally:
+        typeguard.typechecked = checked
+    return feast
 
 
 def embedding_name(view: str, version: str) -> str:

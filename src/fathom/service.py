@@ -41,6 +41,7 @@ from starlette.routing import Route
 from fathom import api, docs_page, service_log, try_page
 from fathom.access import Access
 from fathom.admission import BusyError, LateError, Queue
+from fathom.artifact import verify
 from fathom.batch import Ragged
 from fathom.keys import Keys
 from fathom.lookup import spread_frame
@@ -105,7 +106,7 @@ class Ranking:
         before: Ranking | None = None,
     ) -> None:
         from fathom.fast import FastScorer
-        from fathom.ranker import Ranker, verify
+        from fathom.ranker import Ranker
         from fathom.recommending import Recommender
 
         config = config or ServingConfig()
@@ -520,8 +521,6 @@ class RankingService:
     @staticmethod
     def verify() -> None:
         """Refuse to start with a damaged artifact, before a worker is started again and again."""
-        from fathom.ranker import verify
-
         config = serving_config(os.environ)
         service_log.configure(config.log_format, config.log_personal)
         verify(ranker_folder())

@@ -83,7 +83,7 @@ class OnlineStore:
     Args:
         settings: JSON of `fathom.feature_store.FeatureStoreConfig` and its ``root``; None for a
             service without a feature store.
-        before: called in the background before it is opened; what it raises is only logged.
+        after: called in the background once it is open; what it raises is only logged.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class OnlineStore:
         settings: str | None,
         spec: FeatureSpec,
         config: ServingConfig | None = None,
-        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> None:
         self.features: OnlineFeatures | None = None
         #: ``absent``, ``opening``, ``ready`` or ``failed``.
         self.state = "opening" if settings else "absent"
         self._config = config or ServingConfig()
-        self._before = before
+        self._after = after
         self._closed = threading.Event()
         if settings:
             from fathom.feature_store import FeatureRepo, FeatureStoreConfig
@@ -141,11 +141,6 @@ class OnlineStore:
 
     def _run(self, repo: Any, spec: FeatureSpec) -> None:
         started = time.monotonic()
-        try:
-            if self._before is not None:
-                self._before()
-        except Exception:
-            log.exception("what is loaded before the feature store cannot be")
         while not self._closed.is_set() and self.features is None:
             try:
                 from fathom.online import OnlineFeatures
@@ -158,6 +153,11 @@ class OnlineStore:
                 log.exception("%s: the feature store cannot be opened", repo.folder)
                 self.state = "failed"
                 self._closed.wait(RETRY_SECONDS)
+        try:
+            if self._after is not None:
+                self._after()
+        except Exception:
+            log.exception("what is loaded after the feature store cannot be")
         wait = self._config.refresh_seconds
         while not self._closed.wait(wait):
             wait = self._config.refresh_seconds if self._refresh(repo) else RETRY_SECONDS
