@@ -8,8 +8,7 @@ takes longer than reading one runs on a thread of its own, so that health checks
 Environment
     ``FATHOM_FEATURE_STORE``  where ``/rank`` and ``/recommend`` find features: JSON of
                               `FeatureStoreConfig` and its ``root``. It is opened in the
-                              background, because Feast alone takes ten seconds to import; until
-                              then both answer 503.
+                              background, since that takes seconds; until then both answer 503.
     ``FATHOM_SERVING``        JSON of `fathom.serving.ServingConfig`.
     ``FATHOM_FEATURE_LOG``    folder for what the model sees, whatever ``FATHOM_SERVING`` says.
     ``FATHOM_RANKER``         folder of an artifact, for a service that is not in a Bento.
