@@ -56,9 +56,10 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The small shop's service, one process for all tests that only ask it."""
+    from fathom.serving import ServingConfig
     from running_service import running
 
-    with running(tmp_path_factory.mktemp("service")) as service:
+    with running(tmp_path_factory.mktemp("service"), ServingConfig(log_format="json")) as service:
         yield service
 
 

@@ -24,10 +24,11 @@ from small_ranker import Artifact, feature_store, register
 
 @dataclass(frozen=True)
 class Running:
-    """A service and the artifact that it serves."""
+    """A service, the artifact that it serves, and what it printed."""
 
     url: str
     artifact: Artifact
+    log: Path
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def running(folder: Path, config: ServingConfig | None = None) -> Iterator[Runni
         )
     try:
         _wait_until_ready(process, url, log)
-        yield Running(url, artifact)
+        yield Running(url, artifact, log)
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()

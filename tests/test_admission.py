@@ -68,8 +68,12 @@ def test_what_would_wait_too_long_is_turned_away_at_once(queue: Queue) -> None:
 def test_there_is_a_bound_of_requests_too(queue: Queue) -> None:
     gate = threading.Event()
 
+    async def ask() -> bool:
+        with queue.place():
+            return await queue.run(gate.wait, soon())
+
     async def rush() -> list[object]:
-        waiting = [asyncio.create_task(queue.run(gate.wait, soon())) for _ in range(5)]
+        waiting = [asyncio.create_task(ask()) for _ in range(5)]
         await asyncio.sleep(0.05)
         gate.set()
         return await asyncio.gather(*waiting, return_exceptions=True)
@@ -78,6 +82,8 @@ def test_there_is_a_bound_of_requests_too(queue: Queue) -> None:
     assert [type(each) for each in found] == [bool] * 3 + [BusyError] * 2
     assert isinstance(error := found[-1], BusyError)
     assert error.retry_seconds >= 1
+    with queue.place(), queue.place(), queue.place():
+        """All places are free again."""
 
 
 def test_after_a_rush_requests_are_let_in_again(queue: Queue) -> None:

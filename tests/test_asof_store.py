@@ -815,6 +815,21 @@ def test_materialisation_reads_folders_too(views: Views, folder: Path):
     assert sorted(every["x"].to_pylist()) == [1.0, 2.0, 3.0]
 
 
+def test_the_newest_row_is_whole_even_where_it_has_no_value(views: Views):
+    """It was written last of those of the newest moment, and what it lacks stays lacking."""
+    views.write(
+        [
+            feature("ann", NOON + HOUR, x=2.0, word="old", tags=["a"], created=NOON + HOUR),
+            feature("ann", NOON + HOUR, x=None, word="new", tags=None, created=NOON + DAY),
+            feature("ann", NOON + HOUR, x=3.0, word="unstamped", tags=["b"], created=None),
+            feature("ann", NOON, x=1.0, word="older", tags=["c"], created=NOON + 2 * DAY),
+        ]
+    )
+    source = views.by_name["plain"].batch_source
+    found = span_of(AsofOfflineStore.pull_latest_from_table_or_query, views, source, "x", "word")
+    assert (found["x"].to_pylist(), found["word"].to_pylist()) == ([None], ["new"])
+
+
 def test_materialisation_reads_what_feast_reads(views: Views):
     moments = [NOON, NOON, NOON + HOUR, NOON + 3 * DAY, None]
     views.write(

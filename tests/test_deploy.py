@@ -197,7 +197,7 @@ def test_settings_are_what_the_service_takes(environment: dict[str, str]) -> Non
     config = FeatureStoreConfig(**store)
     assert config.online_store["type"] == "redis"
     # A Redis that is down is noticed within the time that the service waits for it.
-    serving = ServingConfig.model_validate_json(environment["FATHOM_SERVING"])
+    serving = ServingConfig.model_validate_json(filled(environment["FATHOM_SERVING"]))
     timeouts = re.findall(r"timeout=([\d.]+)", config.online_store["connection_string"])
     assert len(timeouts) == 2
     assert all(float(seconds) <= serving.read_seconds for seconds in timeouts)
@@ -206,11 +206,19 @@ def test_settings_are_what_the_service_takes(environment: dict[str, str]) -> Non
 def test_the_features_are_mounted_where_they_are_looked_for() -> None:
     compose = SERVICES["service"]
     store = json.loads(filled(compose["environment"]["FATHOM_FEATURE_STORE"]))
-    (mount,) = compose["volumes"]
-    assert filled(mount["target"]) == f"{store['root']}/{store['folder']}"
-    assert mount["target"] == mount["source"]
-    store = json.loads(MANIFESTS["ConfigMap"]["data"]["FATHOM_FEATURE_STORE"])
-    assert store["root"] in {mount["mountPath"] for mount in CONTAINER["volumeMounts"]}
+    serving = json.loads(filled(compose["environment"]["FATHOM_SERVING"]))
+    mounts = compose["volumes"]
+    wanted = {f"{store['root']}/{store['folder']}", serving["registry"]}
+    assert {filled(mount["target"]) for mount in mounts} == wanted
+    # Nothing of it is written by the service.
+    assert all(m["target"] == m["source"] and m["read_only"] for m in mounts)
+    config = MANIFESTS["ConfigMap"]["data"]
+    store, serving = (json.loads(config[f"FATHOM_{n}"]) for n in ("FEATURE_STORE", "SERVING"))
+    mounted = {m["mountPath"]: m for m in CONTAINER["volumeMounts"] if m["name"] == "data"}
+    assert set(mounted) == {f"{store['root']}/{store['folder']}", serving["registry"]}
+    for path, mount in mounted.items():
+        assert mount["readOnly"] is True
+        assert f"/fathom/{mount['subPath']}" == path
 
 
 def test_a_pod_drains_before_it_is_killed() -> None:

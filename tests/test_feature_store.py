@@ -37,6 +37,7 @@ from fathom.feature_store import (
     write_parquet,
 )
 from fathom.features import stored_name
+from fathom.online_tables import Tables
 from fathom.spec import FeatureSpec
 from small_store import COLUMNS, CROSSES, DAY, SECOND, SPEC, START, a_spec, a_table
 
@@ -262,6 +263,39 @@ def test_settings_are_written_for_feasts_own_tools_and_only_when_they_change(
     store.repo.open()
     assert path.stat().st_ino == before.st_ino
     assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def listed(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Everything in a folder and the folder itself: identity, size and moment of change."""
+    states = {path: path.stat() for path in (folder, *folder.rglob("*"))}
+    return {str(p): (s.st_ino, s.st_size, s.st_mtime_ns) for p, s in states.items()}
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_opening_for_serving_writes_nothing(
+    store: small_store.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+):
+    """A service may see the features through a mount that can only be read.
+
+    Who may do anything may write to any folder, so what `os.access` says is given here too.
+    """
+    online = {"type": "sqlite", "path": str(tmp_path / "online.db")}
+    config = store.repo.config.model_copy(update={"online_store": online})
+    repo = FeatureRepo(config, store.repo.root)
+    before = listed(repo.folder)
+    modes = {path: path.stat().st_mode for path in (repo.folder, *repo.folder.rglob("*"))}
+    if not writable:
+        for path, mode in modes.items():
+            path.chmod(mode & ~0o222)
+        monkeypatch.setattr("fathom.feature_store.os.access", lambda *_: False)
+        monkeypatch.setattr("fathom.files.locked", lambda *_, **__: pytest.fail("it writes"))
+    try:
+        repo.check(store.spec)
+        Tables.load(repo, store.spec)
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    assert listed(repo.folder) == before
 
 
 def test_a_state_of_one_registry_never_passes_for_that_of_another(

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -604,7 +604,7 @@ def test_a_model_without_a_deep_part_has_nothing_to_attribute(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_attribution_needs_is_loaded_in_the_background_before_rank_is_ready(
+def test_what_attribution_needs_is_loaded_in_the_background_once_rank_is_ready(
     artifact: Artifact,
     repo: FeatureRepo,
     monkeypatch: pytest.MonkeyPatch,
@@ -626,6 +626,11 @@ def test_what_attribution_needs_is_loaded_in_the_background_before_rank_is_ready
     ranking = Ranking(artifact.folder, settings)
     try:
         wait_until("ready", ranking.store)
+        until = time.monotonic() + 10
+        while (
+            not loaded or fails > ("no Captum here" in caplog.text)
+        ) and time.monotonic() < until:
+            time.sleep(0.01)
     finally:
         ranking.close()
     assert len(loaded) == 1
@@ -909,6 +914,35 @@ def test_a_rush_is_turned_away_with_429_and_the_rest_is_answered(
         assert refused.headers["Retry-After"] == "1"
         assert refused.json()["error"] == "too many requests are waiting; try again later"
         assert client.post("/predict", json=body).status_code == 200, "at once, after the rush"
+
+
+def test_requests_that_are_still_being_read_take_places_too(artifact: Artifact) -> None:
+    with limited(artifact.folder) as client, ExitStack() as reading:
+        for _ in range(63):
+            reading.enter_context(app.state.serving.queue.place())
+        assert client.get("/model").status_code == 200
+        reading.enter_context(app.state.serving.queue.place())
+        refused = client.get("/model")
+        assert refused.status_code == 429
+        assert refused.headers["Retry-After"] == "1"
+        assert refused.json()["version"] == artifact.version
+
+
+def test_a_scan_of_paths_makes_no_time_series(client: TestClient) -> None:
+    """Metrics are kept for ever, so nothing in their labels may be a stranger's choice."""
+    for path in ("/users/0", "/livez", "/metrics"):
+        client.get(path)
+    before = client.get("/metrics").text
+    for number in range(200):
+        path = f"/users/{number}{'/' * (number % 3)}?q={number}"
+        assert client.request(("GET", "POST", "SCAN")[number % 3], path).status_code == 404
+    after = client.get("/metrics").text
+    assert 'fathom_requests_total{path="/livez",status="200"}' in before
+    assert "/users" not in after
+    found = re.search(r'fathom_requests_total\{path="other",status="404"\} (\S+)', after)
+    assert found is not None
+    assert float(found[1]) >= 201
+    assert len(after.splitlines()) - len(before.splitlines()) <= 2
 
 
 def test_an_answer_comes_by_the_deadline_or_not_at_all(

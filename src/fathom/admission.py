@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 #: Weight of the newest duration in the mean of the last ones.
@@ -38,19 +39,34 @@ class Queue:
 
     Args:
         queue_seconds: how long a request may have to wait, as far as can be told.
-        most: requests that may wait at most, whatever they take.
+        most: requests that may be inside at once, reading their bodies included.
     """
 
     def __init__(self, queue_seconds: float, most: int = 64) -> None:
         self._thread = ThreadPoolExecutor(1, "scoring")
         self._queue_seconds, self._most = queue_seconds, most
-        self._waiting, self._mean = 0, 0.0
+        self._inside, self._waiting, self._mean = 0, 0, 0.0
         self._lock = threading.Lock()
 
     @property
     def wait_seconds(self) -> float:
         """How long a new request would wait, as far as can be told."""
         return self._waiting * self._mean
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the places, for as long as a request takes.
+
+        Raises:
+            BusyError: all are taken.
+        """
+        if self._inside >= self._most:
+            raise self._busy()
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
 
     async def run(self, work: Callable[[], T], deadline: float) -> T:
         """Do work in its turn.
@@ -63,10 +79,8 @@ class Queue:
             LateError: it was not done in time. If it had begun, it ends for nobody.
         """
         # One that waits for nothing is always let in: the mean may be of another kind of work.
-        if self._waiting and (
-            self.wait_seconds > self._queue_seconds or self._waiting >= self._most
-        ):
-            raise BusyError(max(1, round(self.wait_seconds)))
+        if self._waiting and self.wait_seconds > self._queue_seconds:
+            raise self._busy()
         left = deadline - time.monotonic()
         with self._lock:
             self._waiting += 1
@@ -76,6 +90,9 @@ class Queue:
             return await asyncio.wait_for(asyncio.wrap_future(future), max(left, 0.001))
         except TimeoutError as error:
             raise LateError("the deadline has passed") from error
+
+    def _busy(self) -> BusyError:
+        return BusyError(max(1, round(self.wait_seconds)))
 
     def close(self) -> None:
         """Give up what is waiting."""

@@ -11,7 +11,6 @@ the first counted, the second oldest first; scoring never waits. `fathom.replay`
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 import time
@@ -31,6 +30,7 @@ from fathom import files
 from fathom.batch import Ragged
 from fathom.encoding import Frame, Values
 from fathom.online import Known, user_views
+from fathom.service_log import about, log
 from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 
 PROBABILITY = "probability"
@@ -45,8 +45,6 @@ MOMENT = pa.timestamp("us", "UTC")
 _TABLES = 256
 #: After so long, a segment that was not finished never will be.
 _LEFT_SECONDS = 3600.0
-
-log = logging.getLogger("bentoml.fathom")
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,9 @@ class FeatureLog:
         try:
             return [rows_of(served, self._spec, self._version)]
         except Exception:
-            log.exception("request %s cannot be logged", served.request)
+            log.exception(
+                "request %s cannot be logged", served.request, extra=about(served.request)
+            )
             self._dropped(len(served.items))
             return []
 

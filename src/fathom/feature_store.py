@@ -18,8 +18,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from io import StringIO
@@ -112,16 +119,13 @@ class FeatureRepo:
         return self.folder / ("packed" if view.endswith("_packed") else "views") / view
 
     def open(self) -> FeatureStore:
-        """Feast's own handle. Its settings are also written to ``feature_store.yaml``."""
-        from feast import FeatureStore
-
-        path = self.folder / "feature_store.yaml"
-        text = yaml.safe_dump(self._settings(), sort_keys=False)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            files.write_text(path, text)
-        # Feast makes a new registry's tables when it is first touched; two at once would fail.
-        with files.locked(self.folder / ".opening", wait=True):
-            store = FeatureStore(repo_path=str(self.folder))
+        """Feast's own handle. The folder need not be writable, if a registry is there already."""
+        feast = _feast()
+        # As Feast does with its file, so that passwords can stay in the environment.
+        config = feast.RepoConfig(**yaml.safe_load(os.path.expandvars(self._settings_text())))
+        config.repo_path = self.folder
+        with self._opening():
+            store: FeatureStore = feast.FeatureStore(str(self.folder), config)
             _stamp_states(store.registry)
         return store
 
@@ -140,6 +144,7 @@ class FeatureRepo:
                 f"no source for feature views {absent} in {self.folder}; run the features pipeline"
             )
         with self._changing():
+            self._write_settings()
             store = self.open()
             stale = _stale(store, objects.all)
             store.apply(objects.all, objects_to_delete=stale, partial=False)
@@ -268,6 +273,7 @@ class FeatureRepo:
             view = embedding_name(name, version)
             views.append(embedding_view(view, key, path, vectors.shape[1], version))
         with self._changing():
+            self._write_settings()
             store = self.open()
             store.apply(views, partial=True)
             store.materialize(_EVER, now + timedelta(seconds=1), [view.name for view in views])
@@ -395,6 +401,21 @@ class FeatureRepo:
             "entity_key_serialization_version": 3,
         }
 
+    def _settings_text(self) -> str:
+        return yaml.safe_dump(self._settings(), sort_keys=False)
+
+    def _write_settings(self) -> None:
+        """For Feast's own tools; ours do not read them."""
+        path, text = self.folder / "feature_store.yaml", self._settings_text()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            files.write_text(path, text)
+
+    def _opening(self) -> AbstractContextManager[None]:
+        """Feast makes a new registry's tables when it is first touched; two at once would fail."""
+        if self.folder.exists() and not os.access(self.folder, os.W_OK):
+            return nullcontext()
+        return files.locked(self.folder / ".opening", wait=True)
+
     def _mark(self, version: str) -> Path:
         """Written last, so that a killed publication does not pass for a whole one."""
         return self.folder / EMBEDDINGS / version / "published"
@@ -518,6 +539,23 @@ def _completed(table: pa.Table, spine: pa.Table, spec: FeatureSpec) -> pa.Table:
 
 
 # -- Feast ---------------------------------------------------------------------------------------
+
+
+def _feast() -> Any:
+    """Feast, without typeguard's checks of what its functions are given.
+
+    To add them, typeguard parses and compiles Feast's own source anew: four fifths of the seconds
+    that importing Feast takes, at every start of a service.
+    """
+    import typeguard
+
+    checked = typeguard.typechecked
+    typeguard.typechecked = lambda target: target  # type: ignore[assignment]
+    try:
+        import feast
+    finally:
+        typeguard.typechecked = checked
+    return feast
 
 
 def embedding_name(view: str, version: str) -> str:

@@ -8,16 +8,13 @@ the way leaves the old one in charge, is logged and counted, and is tried again.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from fathom.metrics import metrics
 from fathom.registry import Registry
-
-# A child of BentoML's logger, which is the one that its server formats and prints.
-log = logging.getLogger("bentoml.fathom")
+from fathom.service_log import log
 
 
 class Follower:

@@ -16,19 +16,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import hmac
-import logging
 import re
 import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from fathom.service_log import log
+
 _LINE = re.compile(r"([0-9a-f]{64})\s+([A-Za-z0-9._-]{1,64})")
 #: Of a key that is asked with; ours have 43 characters.
 _LONGEST = 256
-
-# A child of BentoML's logger, which is the one that its server formats and prints.
-log = logging.getLogger("bentoml.fathom")
 
 
 class KeysError(ValueError):

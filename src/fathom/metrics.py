@@ -1,10 +1,15 @@
-"""What the service counts beside BentoML's own metrics (``/metrics``)."""
+"""What the service counts and measures (``/metrics``).
+
+BentoML's own metrics are off: they keep a time series for every path that anybody asks for.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,11 +21,18 @@ if TYPE_CHECKING:
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
+#: Where a request's own seconds by stage are kept beside, by the thread that answers it.
+OWN_STAGES: ContextVar[dict[str, float] | None] = ContextVar("own stages", default=None)
+
+
 @dataclass(frozen=True)
 class Metrics:
-    """Prometheus counters, each under ``fathom_<name>_total``, and three others.
+    """Prometheus counters, each under ``fathom_<name>_total``, and a few others.
 
     Args:
+        requests: by ``path`` and ``status`` (``fathom_requests_total``).
+        request_seconds: from a request's first byte to the last of its answer, by ``path``.
+        requests_in_progress: by ``path``.
         stages: seconds of a request by its ``stage``: ``wait`` for its turn, then ``parse``,
             ``features``, ``score``, ``explain`` and ``write`` (``fathom_stage_seconds``).
         models: 1 for the ``version`` that serves, 0 for those before (``fathom_model``).
@@ -43,6 +55,9 @@ class Metrics:
     refused_keys: Counter
     popular_recommendations: Counter
     explored_items: Counter
+    requests: Counter
+    request_seconds: Histogram
+    requests_in_progress: Gauge
     stages: Histogram
     models: Gauge
     tables_as_of: Gauge
@@ -54,7 +69,14 @@ class Metrics:
         try:
             yield
         finally:
-            self.stages.labels(stage=name).observe(time.perf_counter() - began)
+            self.took(name, time.perf_counter() - began)
+
+    def took(self, name: str, seconds: float) -> None:
+        """Count how long a part of a request took."""
+        self.stages.labels(stage=name).observe(seconds)
+        own = OWN_STAGES.get()
+        if own is not None:
+            own[name] = seconds
 
 
 @cache
@@ -84,6 +106,16 @@ def metrics() -> Metrics:
     }
     return Metrics(
         **{name: Counter(f"fathom_{name}", text) for name, text in said.items()},
+        requests=Counter("fathom_requests", "Requests", ["path", "status"]),
+        request_seconds=Histogram(
+            "fathom_request_seconds", "Seconds of a request", ["path"], buckets=_SECONDS
+        ),
+        requests_in_progress=Gauge(
+            "fathom_requests_in_progress",
+            "Requests that are being answered",
+            ["path"],
+            multiprocess_mode="livesum",
+        ),
         stages=Histogram(
             "fathom_stage_seconds", "Seconds of a request by stage", ["stage"], buckets=_SECONDS
         ),
@@ -99,3 +131,16 @@ def metrics() -> Metrics:
             multiprocess_mode="mostrecent",
         ),
     )
+
+
+def exposition() -> tuple[bytes, str]:
+    """All metrics as Prometheus reads them, of all worker processes; and their content type."""
+    from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+    from prometheus_client.exposition import CONTENT_TYPE_LATEST
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = REGISTRY
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # BentoML's server sets it
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from fathom import api, files
+from fathom.artifact import MANIFEST, ArtifactError, verify
 from fathom.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -94,8 +95,6 @@ def import_ranker(folder: Path, version: str) -> str:
         ArtifactError: the files, or their copies, are not those of the manifest.
         PackagingError: the folder holds another version, or ``BENTOML_HOME`` is not set.
     """
-    from fathom.ranker import verify
-
     found = verify(folder)
     if found != version:
         raise PackagingError(f"{folder} holds version {found!r}, not {version!r}")
@@ -166,8 +165,6 @@ def _code_hash(project_root: Path, include: Sequence[str]) -> str:
 
 def _seal(target: Path, version: str) -> None:
     """Write the manifest of a finished Bento; one without it, or unlike it, is half-written."""
-    from fathom.ranker import MANIFEST
-
     paths = sorted(path for path in target.rglob("*") if path.is_file())
     hashes = {str(path.relative_to(target)): files.sha256(path) for path in paths}
     files.write_json(target / MANIFEST, {"version": version, "files": hashes})
@@ -175,8 +172,6 @@ def _seal(target: Path, version: str) -> None:
 
 def _is_whole(target: Path, find: Callable[[], Any]) -> bool:
     """Whether a store's item is complete. BentoML makes its folder before it fills it."""
-    from fathom.ranker import ArtifactError, verify
-
     if not target.exists():
         return False
     try:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom import files
+from fathom.artifact import MANIFEST, ArtifactError, verify
 from fathom.batch import Batch, Ragged
 from fathom.config import TrainingConfig
 from fathom.encoding import FIRST_KNOWN, Encoder, Frame, Values, with_ratios
@@ -41,7 +42,6 @@ from fathom.terms import Term, terms
 from fathom.tower import FILE as TOWER
 from fathom.tower import Tower, TowerError, vocabularies
 
-MANIFEST = "manifest.json"
 #: How far a reloaded or served probability may be from the one at training time.
 TOLERANCE = 1e-6
 #: The wide table in a model's state dict, and what is kept of it.
@@ -50,13 +50,6 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 #: Key column, keys of length R, vectors (R, D) float32.
 EmbeddingTable = tuple[str, list[str], NDArray[np.float32]]
-
-
-class ArtifactError(RuntimeError):
-    """An artifact is incomplete, changed or unreadable; the message lists every fault."""
-
-    def __init__(self, folder: Path, faults: Sequence[str]) -> None:
-        super().__init__(f"{folder}: {'; '.join(faults)}; restore it from a backup or train again")
 
 
 class RowError(ValueError):
@@ -278,28 +271,6 @@ def _with_zeros(kept: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tenso
         table[kept[_WIDE_ROWS].long(), 0] = kept[_WIDE_VALUES]
         weights[_WIDE_TABLE] = table
     return weights
-
-
-def verify(folder: Path) -> str:
-    """Check an artifact's files against its manifest; returns its version.
-
-    Raises:
-        ArtifactError: the manifest or files are missing or changed; names all of them.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        hashes, version = dict(manifest["files"]), str(manifest["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(folder, [f"{MANIFEST} cannot be read ({error})"]) from error
-    faults = []
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-        elif files.sha256(folder / name) != expected:
-            faults.append(f"{name} does not have the SHA-256 of the manifest")
-    if faults:
-        raise ArtifactError(folder, faults)
-    return version
 
 
 def sigmoid(logit: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ Legend: I items of the tower, P items of a pool (retrieved, then ranked), K slot
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,10 +38,8 @@ from fathom.retrieval import (
     draw_of,
     explore,
 )
+from fathom.service_log import log
 from fathom.tower import vocabularies
-
-# A child of BentoML's logger, which is the one that its server formats and prints.
-log = logging.getLogger("bentoml.fathom")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fathom import files
-from fathom.ranker import ArtifactError, Ranker, verify
+from fathom.artifact import ArtifactError, verify
+
+if TYPE_CHECKING:
+    from fathom.ranker import Ranker
 
 
 class RegistryError(RuntimeError):
@@ -63,6 +67,8 @@ class Registry:
 
     def load(self, version: str) -> Ranker:
         """Read and verify a version."""
+        from fathom.ranker import Ranker
+
         return Ranker.load(self.path(version))
 
     def register(self, write: Callable[[Path], str]) -> str:

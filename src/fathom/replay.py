@@ -115,7 +115,7 @@ def replay(repo: FeatureRepo, rankers: Registry, config: ReplayConfig) -> Report
         ReplayError: a version is not in the registry any more, or the feature store is of another
             spec by now.
     """
-    from fathom.ranker import ArtifactError
+    from fathom.artifact import ArtifactError
     from fathom.registry import RegistryError
 
     report = Report(config.examples)

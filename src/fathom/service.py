@@ -1,16 +1,14 @@
 """The ranking service: a ranker's artifact behind HTTP.
 
 ``/rank``, ``/recommend``, ``/predict``, ``/model`` and the OpenAPI document are a small ASGI
-application inside a BentoML service, which adds health checks, metrics, a time-out and a limit of
-requests at once.
+application inside a BentoML service, which adds health checks, a time-out and the server.
 `fathom.api` says what requests may hold. Bodies are bounded before they are parsed, and whatever
 takes longer than reading one runs on a thread of its own, so that health checks always answer.
 
 Environment
     ``FATHOM_FEATURE_STORE``  where ``/rank`` and ``/recommend`` find features: JSON of
                               `FeatureStoreConfig` and its ``root``. It is opened in the
-                              background, because Feast alone takes ten seconds to import; until
-                              then both answer 503.
+                              background, since that takes seconds; until then both answer 503.
     ``FATHOM_SERVING``        JSON of `fathom.serving.ServingConfig`.
     ``FATHOM_FEATURE_LOG``    folder for what the model sees, whatever ``FATHOM_SERVING`` says.
     ``FATHOM_RANKER``         folder of an artifact, for a service that is not in a Bento.
@@ -20,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import re
 import threading
@@ -40,12 +37,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fathom import api, docs_page, try_page
+from fathom import api, docs_page, service_log, try_page
+from fathom.access import Access
 from fathom.admission import BusyError, LateError, Queue
+from fathom.artifact import verify
 from fathom.batch import Ragged
 from fathom.keys import Keys
 from fathom.lookup import spread_frame
-from fathom.metrics import metrics
+from fathom.metrics import OWN_STAGES, exposition, metrics
+from fathom.service_log import about, log
 from fathom.serving import OnlineStore, ServingConfig
 from fathom.spec import Column, FeatureSpec
 
@@ -74,10 +74,10 @@ _NO_TOWER = (
     "its spec has no deep column of user or of item, nothing was positive, or retrieval.factors "
     "was 0; /rank takes candidates"
 )
+#: BentoML's own paths, which are asked all the time.
+PROBES = ("/livez", "/healthz", "/readyz", "/metrics")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
-# A child of BentoML's logger, which is the one that its server formats and prints.
-log = logging.getLogger("bentoml.fathom")
 Answer = dict[str, Any]
 
 
@@ -105,7 +105,7 @@ class Ranking:
         before: Ranking | None = None,
     ) -> None:
         from fathom.fast import FastScorer
-        from fathom.ranker import Ranker, verify
+        from fathom.ranker import Ranker
         from fathom.recommending import Recommender
 
         config = config or ServingConfig()
@@ -379,7 +379,8 @@ class Serving:
 
 
 def _show(version: str, before: str | None = None) -> None:
-    """Say in the metrics who serves."""
+    """Say in the metrics and the log who serves."""
+    service_log.JsonFormatter.version = version
     if before is not None:
         metrics().models.labels(version=before).set(0)
     metrics().models.labels(version=version).set(1)
@@ -402,20 +403,24 @@ def _endpoint(
         headers = {"X-Fathom-Version": ranking.version, "X-Request-ID": request_id}
 
         def answer(body: bytes) -> bytes:
-            metrics().stages.labels(stage="wait").observe(time.perf_counter() - read)
+            OWN_STAGES.set(request.state.stages)
+            metrics().took("wait", time.perf_counter() - read)
             found = (stamp if stamped else {}) | method(ranking, body, request_id)
             with metrics().stage("write"):
                 return _json(found)
 
-        status = 200
+        status, request.state.stages = 200, {}
         deadline = time.monotonic() + state.config.deadline_seconds
         try:
-            if guarded and state.keys is not None and state.keys.client(request.headers) is None:
-                metrics().refused_keys.inc()
-                raise api.unauthorized()
-            body = await _in_time(_read(request), deadline)
-            read = time.perf_counter()
-            content = await state.queue.run(lambda: answer(body), deadline)
+            if guarded and state.keys is not None:
+                request.state.client = state.keys.client(request.headers)
+                if request.state.client is None:
+                    metrics().refused_keys.inc()
+                    raise api.unauthorized()
+            with state.queue.place():
+                body = await _in_time(_read(request), deadline)
+                read = time.perf_counter()
+                content = await state.queue.run(lambda: answer(body), deadline)
         except BusyError as error:
             metrics().turned_away.inc()
             status, content = 429, _json(stamp | {"error": str(error)})
@@ -429,7 +434,7 @@ def _endpoint(
         except ClientDisconnect:
             status, content = 400, _json(stamp | {"error": "the client left"})
         except Exception:
-            log.exception("request %s failed", request_id)
+            log.exception("request %s failed", request_id, extra=about(request_id))
             reason = "a fault of the service; its log says more under this request_id"
             status, content = 500, _json(stamp | {"error": reason})
         return Response(content, status, headers, "application/json")
@@ -473,6 +478,11 @@ async def _refuse(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
+async def _metrics(_: Request) -> Response:
+    content, media_type = exposition()
+    return Response(content, media_type=media_type)
+
+
 app = Starlette(
     routes=[
         Route("/rank", _endpoint(Ranking.rank), methods=["POST"]),
@@ -481,6 +491,7 @@ app = Starlette(
         Route("/model", _endpoint(Ranking.model), methods=["GET"]),
         # In place of BentoML's own, which would not know of these routes.
         Route("/docs.json", _endpoint(Ranking.openapi, False, guarded=False), methods=["GET"]),
+        Route("/metrics", _metrics, methods=["GET"]),
         Route("/", docs_page.show, methods=["GET"]),
         Route("/try", try_page.show, methods=["GET"]),
     ],
@@ -492,8 +503,9 @@ app = Starlette(
     name="fathom",
     image=IMAGE,
     workers=1,
-    traffic={"timeout": 30, "max_concurrency": 64},
+    traffic={"timeout": 30},
     logging={"access": {"enabled": False}},
+    metrics={"enabled": False},
 )
 @bentoml.asgi_app(app)
 class RankingService:
@@ -501,6 +513,7 @@ class RankingService:
 
     def __init__(self) -> None:
         config = serving_config(os.environ)
+        service_log.configure(config.log_format, config.log_personal)
         self.serving = Serving(ranker_folder(), os.environ.get(FEATURE_STORE), config)
         app.state.serving = self.serving
 
@@ -508,8 +521,8 @@ class RankingService:
     @staticmethod
     def verify() -> None:
         """Refuse to start with a damaged artifact, before a worker is started again and again."""
-        from fathom.ranker import verify
-
+        config = serving_config(os.environ)
+        service_log.configure(config.log_format, config.log_personal)
         verify(ranker_folder())
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
@@ -520,6 +533,14 @@ class RankingService:
     def __is_ready__(self) -> bool:
         """Ready when ``/predict`` works and the feature store, if any, has been tried once."""
         return self.serving.ranking.store.state != "opening"
+
+
+service: Any = RankingService  # which the decorator has made of the class
+service.add_asgi_middleware(
+    Access,
+    routes=[*(route.path for route in app.routes if isinstance(route, Route)), *PROBES],
+    quiet=PROBES,
+)
 
 
 def serving_config(environment: Mapping[str, str]) -> ServingConfig:
@@ -539,7 +560,6 @@ def ranker_folder() -> Path:
     Raises:
         RuntimeError: there is neither.
     """
-    service: Any = RankingService  # which the decorator has made of the class
     if service.bento is not None:
         return Path(bentoml.models.get(ALIAS).path)
     if RANKER not in os.environ:

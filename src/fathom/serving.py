@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fathom import api
 from fathom.metrics import metrics
 from fathom.retrieval import RetrievalConfig
+from fathom.service_log import log
 from fathom.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 #: Between two attempts to open a feature store, or to refresh one after a failure.
 RETRY_SECONDS = 10.0
-
-# A child of BentoML's logger, which is the one that its server formats and prints.
-log = logging.getLogger("bentoml.fathom")
 
 
 class ServingConfig(BaseModel):
@@ -43,6 +40,8 @@ class ServingConfig(BaseModel):
         queue_seconds: a request that would wait longer for its turn is turned away (429).
         deadline_seconds: how long a request may take, reading its body included (408, 504).
         api_keys: file of the keys (`fathom.keys`) of those who may ask; null lets everybody.
+        log_format: ``text``, or ``json`` for one object a line, with one for each request.
+        log_personal: whether the texts of errors in requests are logged, which may quote values.
         try_page: whether there is a page at ``/try`` to rank items by hand.
         precision: of the layers that score; ``bfloat16`` is faster for large ones, and moves
             probabilities (`fathom.fast.HALF_TOLERANCE`).
@@ -62,6 +61,8 @@ class ServingConfig(BaseModel):
     queue_seconds: float = Field(default=0.05, gt=0, le=30)
     deadline_seconds: float = Field(default=5.0, gt=0, le=30)
     api_keys: str | None = None
+    log_format: Literal["text", "json"] = "text"
+    log_personal: bool = False
     try_page: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     retrieval: RetrievalConfig = RetrievalConfig()
@@ -85,7 +86,7 @@ class OnlineStore:
     Args:
         settings: JSON of `fathom.feature_store.FeatureStoreConfig` and its ``root``; None for a
             service without a feature store.
-        before: called in the background before it is opened; what it raises is only logged.
+        after: called in the background once it is open; what it raises is only logged.
     """
 
     def __init__(
@@ -93,13 +94,13 @@ class OnlineStore:
         settings: str | None,
         spec: FeatureSpec,
         config: ServingConfig | None = None,
-        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> None:
         self.features: OnlineFeatures | None = None
         #: ``absent``, ``opening``, ``ready`` or ``failed``.
         self.state = "opening" if settings else "absent"
         self._config = config or ServingConfig()
-        self._before = before
+        self._after = after
         self._closed = threading.Event()
         if settings:
             from fathom.feature_store import FeatureRepo, FeatureStoreConfig
@@ -143,11 +144,6 @@ class OnlineStore:
 
     def _run(self, repo: Any, spec: FeatureSpec) -> None:
         started = time.monotonic()
-        try:
-            if self._before is not None:
-                self._before()
-        except Exception:
-            log.exception("what is loaded before the feature store cannot be")
         while not self._closed.is_set() and self.features is None:
             try:
                 from fathom.online import OnlineFeatures
@@ -160,6 +156,11 @@ class OnlineStore:
                 log.exception("%s: the feature store cannot be opened", repo.folder)
                 self.state = "failed"
                 self._closed.wait(RETRY_SECONDS)
+        try:
+            if self._after is not None:
+                self._after()
+        except Exception:
+            log.exception("what is loaded after the feature store cannot be")
         wait = self._config.refresh_seconds
         while not self._closed.wait(wait):
             wait = self._config.refresh_seconds if self._refresh(repo) else RETRY_SECONDS

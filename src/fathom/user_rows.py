@@ -108,7 +108,7 @@ class UserRows:
         try:
             return self._ask(user)
         except Exception as error:  # whatever the vendor of the store raises
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(_kind(error))
             self._questions.put(_Question(user))  # for the thread to go on trying
             raise StoreDownError(f"the online store failed: {error}") from error
 
@@ -141,7 +141,7 @@ class UserRows:
             question.rows = self._ask(question.user)
         except Exception as error:
             question.error = error
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(_kind(error))
             return False
         if self.down:
             # A store that answers, but never in time, is down all the same.
@@ -173,6 +173,12 @@ class UserRows:
             there = any(value is not None for value in plain.values())
             rows[view.name] = Row(moment if there else None, plain)
         return rows
+
+
+def _kind(error: Exception) -> str:
+    """An error for the log, where its text may not stand: stores quote what they were asked."""
+    cause = error.__cause__
+    return type(error).__qualname__ + (f" by {type(cause).__qualname__}" if cause else "")
 
 
 def _is_text(user: str) -> bool:
