@@ -13,15 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from starlette.testclient import TestClient
 
-from fathom import files
 from fathom.metrics import metrics
-from fathom.ranker import MANIFEST, TOLERANCE
+from fathom.ranker import TOLERANCE
 from fathom.registry import Registry
 from fathom.service import RehearsalError, Serving, app
 from fathom.serving import ServingConfig
+from damage import corrupt, nan, other_weights, truncate, vouch
 from small_ranker import Artifact, register
 
 
@@ -118,35 +117,8 @@ def damaged(house: House, change: Callable[[Path], None], manifest: bool = False
     folder = house.registry.folder / "versions" / house.other.version
     change(folder)
     if manifest:
-        described = json.loads((folder / MANIFEST).read_text())
-        described["files"] = {name: files.sha256(folder / name) for name in described["files"]}
-        (folder / MANIFEST).write_text(json.dumps(described))
+        vouch(folder)
     return folder
-
-
-def corrupt(folder: Path) -> None:
-    data = bytearray((folder / "weights.safetensors").read_bytes())
-    data[-3] ^= 0xFF
-    (folder / "weights.safetensors").write_bytes(data)
-
-
-def truncate(folder: Path) -> None:
-    data = (folder / "weights.safetensors").read_bytes()
-    (folder / "weights.safetensors").write_bytes(data[: len(data) // 2])
-
-
-def nan(folder: Path) -> None:
-    weights = load_file(folder / "weights.safetensors")
-    weights = {name: np.full_like(weight, np.nan) for name, weight in weights.items()}
-    save_file(weights, folder / "weights.safetensors")
-
-
-def other_weights(folder: Path) -> None:
-    weights = load_file(folder / "weights.safetensors")
-    save_file(
-        {name: np.asarray(weight * 1.5) for name, weight in weights.items()},
-        folder / "weights.safetensors",
-    )
 
 
 @pytest.mark.parametrize(
