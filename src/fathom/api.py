@@ -7,7 +7,7 @@ described from it. Knows nothing of how requests arrive; `fathom.service` does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,6 +34,8 @@ MAX_ATTRIBUTED = 100
 MAX_RECOMMENDED, MAX_LISTED = 1_000, 10_000
 #: Faults that an answer spells out; the rest are counted.
 MAX_FAULTS = 100
+#: Faults, up to which each is put into words: a million would take seconds and a gigabyte.
+MAX_WORDED = 50_000
 EARLIEST, LATEST = (datetime(year, 1, 1, tzinfo=timezone.utc) for year in (1970, 2200))
 
 _OBJECT, _ID = "object", "id"
@@ -320,6 +322,21 @@ def refused(faults: Sequence[dict[str, str]]) -> RefusedError:
     )
 
 
+def bound_faults(count: int) -> None:
+    """Refuse more faults than are put into words, before they are.
+
+    Raises:
+        RefusedError: status 400.
+    """
+    if count > MAX_WORDED:
+        raise RefusedError(400, f"{count} faults in the request, which are too many to list")
+
+
+def bound_unknown(objects: Iterable[Mapping[str, Any]], known: Container[str]) -> None:
+    """`bound_faults` of the fields of some objects that are not among the known ones."""
+    bound_faults(sum(name not in known for fields in objects for name in fields))
+
+
 # -- checking ------------------------------------------------------------------------------------
 
 
@@ -332,6 +349,7 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        bound_faults(error.error_count())
         found = error.errors(include_url=False)
         raise refused([_fault(dict(line)) for line in found]) from None
 

@@ -93,7 +93,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     )[0]
     ranked = {a.version: a.ranker.score(frame).tolist() for a in (one, other)}
     for scores in (ranked, {a.version: a.probabilities for a in (one, other)}):
-        assert np.abs(np.subtract(*scores.values())).min() > 100 * TOLERANCE, "they can be told apart"
+        assert np.abs(np.subtract(*scores.values())).min() > 100 * TOLERANCE, (
+            "they can be told apart"
+        )
     # Nobody is to be turned away or late because the machine that runs the tests is busy.
     config = ServingConfig(
         registry=str(registry.folder), follow_seconds=0.1, queue_seconds=20, deadline_seconds=20
