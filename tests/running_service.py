@@ -39,6 +39,15 @@ class Running:
         (worker,) = psutil.Process(self.process.pid).children()
         return int(worker.memory_info().rss)
 
+    def stop(self) -> None:
+        """End it as an orchestrator would; what it has logged is written by then."""
+        if self.process.poll() is None:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.terminate()
+            self.process.wait(30)
+            for child in psutil.wait_procs(family, timeout=10)[1]:
+                child.kill()
+
     def counted(self, name: str) -> float:
         """One of Fathom's counters, by ``/metrics``."""
         text = httpx.get(f"{self.url}/metrics", trust_env=False).text
@@ -76,23 +85,12 @@ def running(
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT
         )
+    service = Running(url, artifact, process, log)
     try:
         _wait_until_ready(process, url, log)
-        yield Running(url, artifact, process, log)
+        yield service
     finally:
-        family = _family(process)
-        process.terminate()
-        process.wait(20)
-        for child in psutil.wait_procs(family, timeout=10)[1]:
-            child.kill()
-
-
-def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """What would be left if it did not end by itself."""
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:  # a test has ended it
-        return []
+        service.stop()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
