@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from starlette.testclient import TestClient
 
+from canary import NAMES, bait
+from damage import corrupt, nan, other_weights, truncate, vouch
 from fathom.metrics import metrics
-from fathom.ranker import TOLERANCE
-from fathom.registry import Registry
+from fathom.ranker import MANIFEST, TOLERANCE, ArtifactError
+from fathom.registry import Registry, RegistryError
 from fathom.service import RehearsalError, Serving, app
 from fathom.serving import ServingConfig
-from damage import corrupt, nan, other_weights, truncate, vouch
 from small_ranker import Artifact, register
 
 
@@ -162,6 +164,36 @@ def _point(house: House) -> None:
     """What `Registry.promote` would refuse: the pointer is moved by hand."""
     pointer = house.registry.folder / "champion.json"
     pointer.write_text(json.dumps({"champions": [house.one.version, house.other.version]}))
+
+
+def test_a_pickle_in_a_registry_is_never_read(house: House, tmp_path: Path) -> None:
+    """Beside a version's files it is ignored, in place of one refused, hashes or not."""
+    canary = tmp_path / "canary"
+    payload, serving = bait(canary), app.state.serving
+    folder = house.registry.path(house.other.version)
+    for name in NAMES:
+        (folder / name).write_bytes(payload)
+    serving.succeed(folder)
+    assert house.serves == house.other.version
+    serving.succeed(house.registry.path(house.one.version))
+
+    files_read = set(json.loads((folder / MANIFEST).read_text())["files"]) - {"reference.parquet"}
+    assert "golden.json" in files_read
+    for name in sorted(files_read):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(payload)
+        vouch(folder)
+        with pytest.raises((SafetensorError, UnicodeDecodeError)):  # of the format's reader
+            serving.succeed(folder)
+        (folder / name).write_bytes(whole)
+    for place in (folder / MANIFEST, house.registry.folder / "champion.json"):
+        place.write_bytes(payload)
+    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read"):
+        serving.succeed(folder)
+    with pytest.raises(RegistryError, match=r"champion\.json cannot be read"):
+        house.registry.champion()
+    assert house.serves == house.one.version
+    assert not canary.exists()
 
 
 def test_a_pointer_that_cannot_be_read_changes_nothing(
