@@ -222,7 +222,7 @@ def test_crosses_of_long_lists_cannot_take_all_memory(
         ("/rank", {"context": MANY}),
         ("/rank", {"candidates": [{"item": "i", "context": MANY}]}),
         ("/predict", {"rows": [MANY]}),
-        ("/recommend", {"where": dict.fromkeys(MANY, [])}),
+        ("/recommend", {"where": {name: [] for name in MANY}}),
     ],
     ids=["fields", "context", "candidates", "rows", "where"],
 )

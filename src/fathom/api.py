@@ -22,6 +22,8 @@ MAX_BODY_BYTES = 16 << 20
 MAX_CANDIDATES = MAX_ROWS = 10_000
 #: Values in one list of a row; histories are at most this long (`fathom.spec.Aggregate`).
 MAX_VALUES = 1_000
+#: The largest that a number may be: float32's (`fathom.ranker.frame_of_rows` checks it).
+MAX_NUMBER = 3.4028234663852886e38
 #: Combinations that a cross of several lists may make in one request, over all rows.
 MAX_COMBINATIONS = 5_000_000
 #: Terms, those of 0 included, that an explained request may have, over all candidates: naming as
@@ -568,6 +570,9 @@ def _described_requests(spec: FeatureSpec) -> dict[str, type[BaseModel]]:
     names = [(c, _type(c)) for c in spec.raw_columns("context")]
     context: dict[str, Any] = {c.name: (kind | None, None) for c, kind in names}
     shared = create_model("Context", __config__=closed, **context)
+    # Of a recommendation no item has a context of its own, so the shared one is whole.
+    whole: dict[str, Any] = {c.name: (kind, ...) for c, kind in names}
+    complete = create_model("WholeContext", __config__=closed, **whole)
     candidate = create_model("Candidate", __base__=Candidate, context=(shared, shared()))
     rows: Any = list[row]  # type: ignore[valid-type]
     candidates: Any = list[str | candidate]  # type: ignore[valid-type]
@@ -580,7 +585,7 @@ def _described_requests(spec: FeatureSpec) -> dict[str, type[BaseModel]]:
         "recommend": create_model(
             "RecommendRequest",
             __base__=RecommendRequest,
-            context=(shared, shared()),
+            context=(complete, ... if names else complete()),
             where=(where, Field(default_factory=where)),
         ),
         "predict": create_model(
@@ -631,7 +636,7 @@ def _type(column: Column) -> Any:
     if column.kind in {"multi", "sequence"}:
         return Annotated[list[str], Field(max_length=MAX_VALUES)] | None
     if column.is_numeric:
-        return float | None
+        return Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)] | None
     return (Literal[column.values] if column.values else str) | None
 
 
