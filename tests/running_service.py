@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import httpx
 import psutil
 
 from fathom import packaging
+from fathom.feature_store import FeatureRepo
 from fathom.service import FEATURE_STORE, RANKER, SERVING
 from fathom.serving import ServingConfig
 from ports import free_port
@@ -24,18 +26,45 @@ from small_ranker import Artifact, feature_store, register
 
 @dataclass(frozen=True)
 class Running:
-    """A service, the artifact that it serves, and what it printed."""
+    """A service, the artifact that it serves first, its supervisor and what that has printed."""
 
     url: str
     artifact: Artifact
+    process: subprocess.Popen[bytes]
     log: Path
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the process that answers."""
+        (worker,) = psutil.Process(self.process.pid).children()
+        return int(worker.memory_info().rss)
+
+    def stop(self) -> None:
+        """End it as an orchestrator would; what it has logged is written by then."""
+        if self.process.poll() is None:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.terminate()
+            self.process.wait(30)
+            for child in psutil.wait_procs(family, timeout=10)[1]:
+                child.kill()
+
+    def counted(self, name: str) -> float:
+        """One of Fathom's counters, by ``/metrics``."""
+        text = httpx.get(f"{self.url}/metrics", trust_env=False).text
+        found = re.search(rf"^fathom_{name}_total (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
 
 @contextmanager
-def running(folder: Path, config: ServingConfig | None = None) -> Iterator[Running]:
+def running(
+    folder: Path,
+    config: ServingConfig | None = None,
+    artifact: Artifact | None = None,
+    repo: FeatureRepo | None = None,
+) -> Iterator[Running]:
     """A service with its feature store, ready; everything is written below a folder."""
-    artifact = register(folder / "ranker", factors=4)
-    repo = feature_store(folder)
+    artifact = artifact or register(folder / "ranker", factors=4)
+    repo = repo or feature_store(folder)
     port = free_port()
     url, log = f"http://127.0.0.1:{port}", folder / "log"
     # fmt: off
@@ -50,21 +79,18 @@ def running(folder: Path, config: ServingConfig | None = None) -> Iterator[Runni
         "BENTOML_HOME": str(folder / "bentoml"),
         RANKER: str(artifact.folder),
         SERVING: (config or ServingConfig()).model_dump_json(),
-        FEATURE_STORE: json.dumps({"root": str(folder), **repo.config.model_dump()}),
+        FEATURE_STORE: json.dumps({"root": str(repo.root), **repo.config.model_dump()}),
     }
     with open(log, "w") as output:
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT
         )
+    service = Running(url, artifact, process, log)
     try:
         _wait_until_ready(process, url, log)
-        yield Running(url, artifact, log)
+        yield service
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        process.wait(20)
-        for child in psutil.wait_procs(family, timeout=10)[1]:
-            child.kill()
+        service.stop()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
 from starlette.testclient import TestClient
 
-from fathom import files
+from canary import NAMES, bait
+from damage import corrupt, nan, other_weights, truncate, vouch
 from fathom.metrics import metrics
-from fathom.ranker import MANIFEST, TOLERANCE
-from fathom.registry import Registry
+from fathom.ranker import MANIFEST, TOLERANCE, ArtifactError
+from fathom.registry import Registry, RegistryError
 from fathom.service import RehearsalError, Serving, app
 from fathom.serving import ServingConfig
 from small_ranker import Artifact, register
@@ -118,35 +119,8 @@ def damaged(house: House, change: Callable[[Path], None], manifest: bool = False
     folder = house.registry.folder / "versions" / house.other.version
     change(folder)
     if manifest:
-        described = json.loads((folder / MANIFEST).read_text())
-        described["files"] = {name: files.sha256(folder / name) for name in described["files"]}
-        (folder / MANIFEST).write_text(json.dumps(described))
+        vouch(folder)
     return folder
-
-
-def corrupt(folder: Path) -> None:
-    data = bytearray((folder / "weights.safetensors").read_bytes())
-    data[-3] ^= 0xFF
-    (folder / "weights.safetensors").write_bytes(data)
-
-
-def truncate(folder: Path) -> None:
-    data = (folder / "weights.safetensors").read_bytes()
-    (folder / "weights.safetensors").write_bytes(data[: len(data) // 2])
-
-
-def nan(folder: Path) -> None:
-    weights = load_file(folder / "weights.safetensors")
-    weights = {name: np.full_like(weight, np.nan) for name, weight in weights.items()}
-    save_file(weights, folder / "weights.safetensors")
-
-
-def other_weights(folder: Path) -> None:
-    weights = load_file(folder / "weights.safetensors")
-    save_file(
-        {name: np.asarray(weight * 1.5) for name, weight in weights.items()},
-        folder / "weights.safetensors",
-    )
 
 
 @pytest.mark.parametrize(
@@ -190,6 +164,36 @@ def _point(house: House) -> None:
     """What `Registry.promote` would refuse: the pointer is moved by hand."""
     pointer = house.registry.folder / "champion.json"
     pointer.write_text(json.dumps({"champions": [house.one.version, house.other.version]}))
+
+
+def test_a_pickle_in_a_registry_is_never_read(house: House, tmp_path: Path) -> None:
+    """Beside a version's files it is ignored, in place of one refused, hashes or not."""
+    canary = tmp_path / "canary"
+    payload, serving = bait(canary), app.state.serving
+    folder = house.registry.path(house.other.version)
+    for name in NAMES:
+        (folder / name).write_bytes(payload)
+    serving.succeed(folder)
+    assert house.serves == house.other.version
+    serving.succeed(house.registry.path(house.one.version))
+
+    files_read = set(json.loads((folder / MANIFEST).read_text())["files"]) - {"reference.parquet"}
+    assert "golden.json" in files_read
+    for name in sorted(files_read):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(payload)
+        vouch(folder)
+        with pytest.raises((SafetensorError, UnicodeDecodeError)):  # of the format's reader
+            serving.succeed(folder)
+        (folder / name).write_bytes(whole)
+    for place in (folder / MANIFEST, house.registry.folder / "champion.json"):
+        place.write_bytes(payload)
+    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read"):
+        serving.succeed(folder)
+    with pytest.raises(RegistryError, match=r"champion\.json cannot be read"):
+        house.registry.champion()
+    assert house.serves == house.one.version
+    assert not canary.exists()
 
 
 def test_a_pointer_that_cannot_be_read_changes_nothing(

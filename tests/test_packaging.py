@@ -26,6 +26,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from canary import NAMES, bait
 from fathom import api, packaging
 from fathom.packaging import DryRunError, PackagingError, build_bento, dry_run, import_ranker
 from fathom.ranker import TOLERANCE, ArtifactError, verify
@@ -33,6 +34,11 @@ from ports import free_port
 from small_ranker import Artifact, feature_store, register
 
 HOME = Path(os.environ["BENTOML_HOME"])
+#: What reads pickles; BentoML's modules by framework do, and torch unless it is told not to.
+PICKLE = re.compile(
+    r"(pickle|cloudpickle|dill|joblib|shelve|marshal|sklearn\.externals)\b|torch\.load$"
+    r"|bentoml\.(pytorch|sklearn|picklable_model|torchscript)\b|(pd|pandas)\.read_pickle$"
+)
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +330,42 @@ def test_a_built_bento_returns_the_probabilities_of_training_and_leaves_nothing(
     shutil.rmtree(metrics)
     assert set(psutil.Process().children(recursive=True)) <= set(before)
     assert verify(stored(bento, "bentos"))
+
+
+@pytest.mark.e2e
+def test_a_pickle_in_bentomls_store_is_never_read(
+    bento: str, model: str, artifact: Artifact, tmp_path: Path
+) -> None:
+    payload = bait(tmp_path / "canary")
+    folders = [stored(model, "models"), *(stored(bento, "bentos") / f for f in ("", "src"))]
+    baits = [folder / name for folder in folders for name in NAMES]
+    try:
+        for path in baits:
+            path.write_bytes(payload)
+        dry_run(bento, {"rows": artifact.rows, "probabilities": artifact.probabilities})
+    finally:
+        for path in baits:
+            path.unlink()
+    assert not (tmp_path / "canary").exists()
+
+
+def test_no_code_reads_pickles(root: Path) -> None:
+    """Nor asks a vendor to: what torch and numpy load is told that it is plain."""
+    found = []
+    for path in sorted((root / "src/fathom").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Call):
+                keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                plain = keywords.get("weights_only") == "True"
+                names = [] if plain else [ast.unparse(node.func)]
+                names += ["pickle"] if keywords.get("allow_pickle", "False") != "False" else []
+            found += [f"{path.relative_to(root)}: {name}" for name in names if PICKLE.match(name)]
+    assert found == []
 
 
 @pytest.mark.e2e

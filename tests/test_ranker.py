@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from canary import NAMES, bait
 from fathom import files
 from fathom.batch import Ragged
 from fathom.config import TrainingConfig
@@ -497,23 +497,11 @@ def test_a_folder_that_is_not_there(tmp_path):
         Ranker.load(tmp_path / "nowhere")
 
 
-class _Malicious:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.canary,)
-
-
 def test_nothing_is_ever_unpickled(artifact, tmp_path):
     canary = tmp_path / "canary"
-    payload = pickle.dumps(_Malicious(canary))
-    pickle.loads(payload)
-    assert canary.exists()  # the bait is live
-    canary.unlink()
-
+    payload = bait(canary)
     # Beside the files, under names that loaders of other formats would look for.
-    for name in ("weights.pt", "model.pkl", "encoder.pickle", "pytorch_model.bin", "ranker.joblib"):
+    for name in NAMES:
         (artifact / name).write_bytes(payload)
     np.testing.assert_array_equal(Ranker.load(artifact).score(FRAME), RANKER.score(FRAME))
 

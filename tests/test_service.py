@@ -7,6 +7,7 @@ it as a process, from a Bento.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -57,6 +58,8 @@ from small_ranker import SPEC, Artifact, feature_store, register
 
 CONTEXT = {"shelf": "low", "shop": "shop1", "discount": 0.1}
 MOMENT = "2024-02-01T10:00:00Z"
+#: More fields that nobody knows than are put into words.
+MANY = dict.fromkeys(map(str, range(60_000)), 1)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +213,30 @@ def test_crosses_of_long_lists_cannot_take_all_memory(
         "so shorten the lists or split the request"
     }
     assert client.post("/predict", json={"rows": [row]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/rank", MANY),
+        ("/rank", {"context": MANY}),
+        ("/rank", {"candidates": [{"item": "i", "context": MANY}]}),
+        ("/predict", {"rows": [MANY]}),
+        ("/recommend", {"where": {name: [] for name in MANY}}),
+    ],
+    ids=["fields", "context", "candidates", "rows", "where"],
+)
+def test_very_many_faults_are_counted_and_not_put_into_words(
+    ranking: TestClient, path: str, change: dict[str, Any]
+) -> None:
+    needed = {
+        "/rank": {"user": "u", "context": CONTEXT, "candidates": ["i1"]},
+        "/recommend": {"user": "u", "context": CONTEXT},
+        "/predict": {},
+    }
+    response = ranking.post(path, json=needed[path] | change)
+    assert faults(response) == {}
+    assert response.json()["error"] == "60000 faults in the request, which are too many to list"
 
 
 @pytest.mark.parametrize("path", ["/predict", "/rank"])
@@ -983,6 +1010,23 @@ def test_a_body_that_does_not_come_is_not_waited_for(artifact: Artifact) -> None
     assert sent[0]["status"] == 408
     assert dict(sent[0]["headers"])[b"connection"] == b"close"
     assert json.loads(sent[1]["body"])["error"] == "the body did not come in time"
+
+
+def test_what_is_refused_is_forgotten_at_once(ranking: TestClient) -> None:
+    """Sixteen megabytes of JSON are hundreds as objects, and the garbage collector comes late."""
+
+    def kept() -> int:
+        return sum(isinstance(thing, api.RankRequest) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = kept()
+        for _ in range(3):
+            assert "timestamp" in faults(ranking.post("/rank", json=rank(timestamp="soon")))
+        assert kept() == before
+    finally:
+        gc.enable()
 
 
 def _rerouted(path: str, method: Callable[..., dict[str, Any]]) -> Route:

@@ -7,7 +7,7 @@ described from it. Knows nothing of how requests arrive; `fathom.service` does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,8 @@ MAX_BODY_BYTES = 16 << 20
 MAX_CANDIDATES = MAX_ROWS = 10_000
 #: Values in one list of a row; histories are at most this long (`fathom.spec.Aggregate`).
 MAX_VALUES = 1_000
+#: The largest that a number may be: float32's (`fathom.ranker.frame_of_rows` checks it).
+MAX_NUMBER = 3.4028234663852886e38
 #: Combinations that a cross of several lists may make in one request, over all rows.
 MAX_COMBINATIONS = 5_000_000
 #: Terms, those of 0 included, that an explained request may have, over all candidates: naming as
@@ -34,6 +36,8 @@ MAX_ATTRIBUTED = 100
 MAX_RECOMMENDED, MAX_LISTED = 1_000, 10_000
 #: Faults that an answer spells out; the rest are counted.
 MAX_FAULTS = 100
+#: Faults, up to which each is put into words: a million would take seconds and a gigabyte.
+MAX_WORDED = 50_000
 EARLIEST, LATEST = (datetime(year, 1, 1, tzinfo=timezone.utc) for year in (1970, 2200))
 
 _OBJECT, _ID = "object", "id"
@@ -320,6 +324,21 @@ def refused(faults: Sequence[dict[str, str]]) -> RefusedError:
     )
 
 
+def bound_faults(count: int) -> None:
+    """Refuse more faults than are put into words, before they are.
+
+    Raises:
+        RefusedError: status 400.
+    """
+    if count > MAX_WORDED:
+        raise RefusedError(400, f"{count} faults in the request, which are too many to list")
+
+
+def bound_unknown(objects: Iterable[Mapping[str, Any]], known: Container[str]) -> None:
+    """`bound_faults` of the fields of some objects that are not among the known ones."""
+    bound_faults(sum(name not in known for fields in objects for name in fields))
+
+
 # -- checking ------------------------------------------------------------------------------------
 
 
@@ -332,6 +351,7 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        bound_faults(error.error_count())
         found = error.errors(include_url=False)
         raise refused([_fault(dict(line)) for line in found]) from None
 
@@ -550,6 +570,9 @@ def _described_requests(spec: FeatureSpec) -> dict[str, type[BaseModel]]:
     names = [(c, _type(c)) for c in spec.raw_columns("context")]
     context: dict[str, Any] = {c.name: (kind | None, None) for c, kind in names}
     shared = create_model("Context", __config__=closed, **context)
+    # Of a recommendation no item has a context of its own, so the shared one is whole.
+    whole: dict[str, Any] = {c.name: (kind, ...) for c, kind in names}
+    complete = create_model("WholeContext", __config__=closed, **whole)
     candidate = create_model("Candidate", __base__=Candidate, context=(shared, shared()))
     rows: Any = list[row]  # type: ignore[valid-type]
     candidates: Any = list[str | candidate]  # type: ignore[valid-type]
@@ -562,7 +585,7 @@ def _described_requests(spec: FeatureSpec) -> dict[str, type[BaseModel]]:
         "recommend": create_model(
             "RecommendRequest",
             __base__=RecommendRequest,
-            context=(shared, shared()),
+            context=(complete, ... if names else complete()),
             where=(where, Field(default_factory=where)),
         ),
         "predict": create_model(
@@ -613,7 +636,7 @@ def _type(column: Column) -> Any:
     if column.kind in {"multi", "sequence"}:
         return Annotated[list[str], Field(max_length=MAX_VALUES)] | None
     if column.is_numeric:
-        return float | None
+        return Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)] | None
     return (Literal[column.values] if column.values else str) | None
 
 

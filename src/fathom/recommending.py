@@ -89,8 +89,13 @@ class Recommender:
     def faults(
         self, request: api.RecommendRequest, features: OnlineFeatures
     ) -> list[dict[str, str]]:
-        """What of a request the spec does not have."""
+        """What of a request the spec does not have.
+
+        Raises:
+            RefusedError: it is more than can be named.
+        """
         names = [column.name for column in api.filters(self._spec)]
+        api.bound_unknown([request.where], names)
         faults = [
             {"field": f"where.{n}", "fault": f"is no attribute of items; there are {names}"}
             for n in request.where

@@ -431,6 +431,9 @@ def _endpoint(
         except api.RefusedError as error:
             status, content = error.status, _json(stamp | error.answer)
             headers |= error.headers
+            # It and the future that it came by hold each other, and through the trace the request
+            # and all that was made of it, until the garbage collector comes.
+            error.__traceback__ = None
         except ClientDisconnect:
             status, content = 400, _json(stamp | {"error": "the client left"})
         except Exception:
@@ -582,6 +585,7 @@ def _candidates(
     both = [(c, {}) if isinstance(c, str) else (c.item, c.context) for c in request.candidates]
     places = {"context": shared}
     places |= {f"candidates[{i}].context": own for i, (_, own) in enumerate(both) if own}
+    api.bound_unknown(places.values(), columns)
     for place, own in places.items():
         fault = f"is no context column; remove it (there are {list(columns)})"
         faults += [{"field": f"{place}.{n}", "fault": fault} for n in own if n not in columns]
@@ -621,6 +625,7 @@ def _frame(rows: Sequence[Mapping[str, Any]], spec: FeatureSpec, place: str) -> 
     """Rows to a frame. ``place`` is where a row stands in the request, ``{}`` for its number."""
     from fathom.ranker import RowError, frame_of_rows
 
+    api.bound_unknown(rows, spec.by_name)
     faults = api.list_faults(rows, spec.columns, place)
     try:
         if not faults:

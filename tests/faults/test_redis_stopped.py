@@ -6,12 +6,6 @@ served with the user's features is replayed afterwards, and is what history says
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,9 +21,10 @@ from fathom.feature_store import FeatureRepo
 from fathom.online import OnlineFeatures
 from fathom.registry import Registry
 from fathom.replay import ReplayConfig, judge, replay
-from fathom.service import FEATURE_LOG, FEATURE_STORE, RANKER, SERVING
-from ports import free_port
+from fathom.serving import ServingConfig
+from load import Load, load
 from redis_server import RedisServer
+from running_service import Running, running
 from small_ranker import DAYS, SPEC, START, USERS, feature_store, register
 
 pytestmark = [pytest.mark.redis, pytest.mark.e2e]
@@ -68,18 +63,22 @@ def on_redis(folder: Path, server: RedisServer) -> FeatureRepo:
 class Service:
     """A process that ranks."""
 
-    process: subprocess.Popen[bytes]
     client: httpx.Client
     asked: int = 0
 
-    def rank(self) -> dict[str, Any]:
-        """One answer, of one user after the other; always 200 and within the budget."""
-        body = {
-            "user": f"u{self.asked % USERS}",
+    @staticmethod
+    def body(count: int) -> dict[str, Any]:
+        """A request, of one user after the other."""
+        return {
+            "user": f"u{count % USERS}",
             "context": CONTEXT,
             "candidates": [f"i{i}" for i in range(20)],
-            "timestamp": (MOMENT + timedelta(seconds=self.asked)).isoformat(),
+            "timestamp": (MOMENT + timedelta(seconds=count)).isoformat(),
         }
+
+    def rank(self) -> dict[str, Any]:
+        """The next answer; always 200 and within the budget."""
+        body = self.body(self.asked)
         self.asked += 1
         started = time.perf_counter()
         answer = self.client.post("/rank", json=body)
@@ -96,71 +95,40 @@ class Service:
             count += 1
         return count
 
-    def stop(self) -> None:
-        """End it as an orchestrator would; what it has logged is written by then."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait(30)
 
-    def counted(self, name: str) -> float:
-        found = re.search(rf"^fathom_{name}_total (\S+)$", self.client.get("/metrics").text, re.M)
-        return float(found[1]) if found else 0.0
+@dataclass(frozen=True)
+class House:
+    """A service on Redis, what it reads, and where its log is."""
+
+    service: Service
+    running: Running
+    server: RedisServer
+    repo: FeatureRepo
+    registry: Registry
+    log: Path
 
 
 @pytest.fixture
-def service(
-    tmp_path: Path,
-) -> Iterator[tuple[Service, RedisServer, FeatureRepo, Path]]:
-    """The service as `kedro serve` runs it, but without a Bento; its store, its server, its log."""
+def house(tmp_path: Path) -> Iterator[House]:
+    """The service as `kedro serve` runs it, but without a Bento."""
     registry = Registry(tmp_path / "registry")
     artifact = register(tmp_path / "ranker")
     version = registry.register(artifact.ranker.save)
+    artifact = replace(artifact, folder=registry.path(version))
+    log = tmp_path / "feature_log"
+    # Nobody is to be turned away because the machine that runs the tests is busy.
+    config = ServingConfig(refresh_seconds=1, feature_log=str(log), queue_seconds=5)
     with RedisServer(conf_options()) as server:
         repo = on_redis(tmp_path / "store", server)
-        port = free_port()
-        environment = os.environ | {
-            RANKER: str(registry.path(version)),
-            FEATURE_STORE: json.dumps({"root": str(repo.root), **repo.config.model_dump()}),
-            SERVING: json.dumps({"refresh_seconds": 1}),
-            FEATURE_LOG: str(tmp_path / "log"),
-            "PYTHONPATH": str(ROOT / "src"),
-            "BENTOML_HOME": str(tmp_path / "bentoml"),
-        }
-        target = "fathom.service:RankingService"
-        with open(tmp_path / "service.log", "wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "bentoml", "serve", target, "--port", str(port)],
-                cwd=tmp_path,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
-            service = Service(process, client)
-            try:
-                wait_until_ready(client, process, tmp_path / "service.log")
-                yield service, server, repo, tmp_path
-            finally:
-                service.stop()
+        with (
+            running(tmp_path, config, artifact, repo) as started,
+            httpx.Client(base_url=started.url, trust_env=False, timeout=30) as client,
+        ):
+            yield House(Service(client), started, server, repo, registry, log)
 
 
-def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if client.get("/readyz", timeout=1).status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.1)
-    pytest.fail(log.read_text(encoding="utf-8", errors="replace")[-4000:])
-
-
-def test_answers_go_on_while_redis_is_down_and_recover_by_themselves(
-    service: tuple[Service, RedisServer, FeatureRepo, Path],
-) -> None:
-    served, server, repo, folder = service
+def test_answers_go_on_while_redis_is_down_and_recover_by_themselves(house: House) -> None:
+    served, server, repo = house.service, house.server, house.repo
     for _ in range(2 * USERS):
         answer = served.rank()
         assert (answer["degraded"], answer["user_known"]) == (False, True)
@@ -187,17 +155,47 @@ def test_answers_go_on_while_redis_is_down_and_recover_by_themselves(
     degraded += served.until(degraded=False) - 1
     for _ in range(USERS):
         assert served.rank()["user_known"]
-    assert served.counted("degraded_requests") == degraded
-    assert served.counted("unlogged_rows") == 0
+    assert house.running.counted("degraded_requests") == degraded
+    assert house.running.counted("unlogged_rows") == 0
 
-    served.stop()
-    config = ReplayConfig(feature_log=str(folder / "log"))
-    report = replay(repo, Registry(folder / "registry"), config).as_dict()
+    house.running.stop()
+    config = ReplayConfig(feature_log=str(house.log))
+    report = replay(repo, house.registry, config).as_dict()
     assert report["requests"] == served.asked
     assert report["degraded"] == degraded * 20
     assert report["compared"] == (served.asked - degraded) * 20
     assert report["differing"] == 0, report["columns"]
     judge(report, config)
+
+
+def test_clients_that_ask_without_pause_see_no_error_when_redis_is_killed_and_comes_back(
+    house: House,
+) -> None:
+    bodies = [house.service.body(i) for i in range(4)]
+
+    def wait_for_answers(found: Load, degraded: bool, seconds: float = 60) -> None:
+        """Until each client has had twenty of a kind, or more, and none of the other among them."""
+        until = time.monotonic() + seconds
+        while found.seen(_degraded)[-80:] != [degraded] * 80:
+            assert time.monotonic() < until, found.failures or found.seen(_degraded)[-80:]
+            time.sleep(0.02)
+
+    with load(house.running.url, [("/rank", body) for body in bodies]) as found:
+        wait_for_answers(found, degraded=False)
+        house.server.stop()
+        wait_for_answers(found, degraded=True)
+        house.server.start()
+        house.repo.materialise(SPEC, UNTIL)
+        wait_for_answers(found, degraded=False)
+        with house.server.hanging():
+            wait_for_answers(found, degraded=True)
+        wait_for_answers(found, degraded=False)
+    assert not found.failures
+    assert all(taken < BUDGET_SECONDS for taken in found.seen(lambda r: r.elapsed.total_seconds()))
+
+
+def _degraded(response: httpx.Response) -> bool:
+    return bool(response.json()["degraded"])
 
 
 # -- without any options -------------------------------------------------------------------------
