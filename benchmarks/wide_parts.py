@@ -145,7 +145,8 @@ def table(figures: Mapping[str, Any]) -> str:
     """The figures as text, a row per wide part."""
     loss = figures["loss"]
     names = ("crosses", "rows", "not zero", "validation", "test", "spread", "less the spec's")
-    lines = ["wide part".ljust(20) + "".join(name.rjust(12) for name in names)]
+    lines = ["wide part".ljust(20) + "".join(name.rjust(12) for name in names[:-1])]
+    lines[0] += f"  {names[-1]}"
     for row in figures["wide_parts"]:
         cells = [
             f"{len(row['crosses'])}",
@@ -155,10 +156,10 @@ def table(figures: Mapping[str, Any]) -> str:
             f"{row[loss]:.5f}",
             "-" if row[f"{loss}_spread"] is None else f"{row[f'{loss}_spread']:.5f}",
         ]
-        found = row[f"{loss}_difference"]
+        found, against = row[f"{loss}_difference"], ""
         if found is not None and row["name"] != OWN:
-            cells.append(f"{found['difference']:+.5f} ({found['lo']:+.5f} to {found['hi']:+.5f})")
-        lines.append(row["name"].ljust(20) + "".join(cell.rjust(12) for cell in cells))
+            against = f"  {found['difference']:+.5f} ({found['lo']:+.5f} to {found['hi']:+.5f})"
+        lines.append(row["name"].ljust(20) + "".join(cell.rjust(12) for cell in cells) + against)
     rows = ", ".join(f"{count:,} {name}" for name, count in figures["sizes"].items())
     return "\n".join(
         [

@@ -481,7 +481,9 @@ def test_an_interval_decides_a_claim_unless_it_includes_0(lo, hi, verdict):
 
 
 def side(model: str, width: int, validation: float) -> Side:
-    return Side(model, [width], 1000 + width, width, 900, validation, 0.3, 0.01)
+    """Of a model whose layers have as many weights as they are wide; an ensemble's, four more."""
+    layers = width + 4 * (model == "ensemble")
+    return Side(model, [width], 1000 + layers, layers, 900, validation, 0.3, 0.01)
 
 
 def step(width: int, joint: float, apart: float, lo: float = 0.0, hi: float = 0.0) -> Step:
@@ -501,9 +503,9 @@ def test_size_is_equal_where_the_ensemble_is_best():
     ("joint", "interval", "verdict", "words"),
     [
         # The ensemble is best with 32 and a loss of 0.30.
-        ([0.30, 0.29, 0.28], (-0.1, 0.1), SUPPORTED, "layers [8]: 97.7% of the parameters, 25.0%"),
-        ([0.31, 0.29, 0.28], (-0.1, 0.1), SUPPORTED, "layers [16]: 98.4% of the parameters, 50.0%"),
-        ([0.31, 0.31, 0.28], (-0.1, 0.1), OPEN, "layers [32]: 100.0%"),
+        ([0.30, 0.29, 0.28], (-0.1, 0.1), SUPPORTED, "layers [8]: 97.3% of the parameters, 22.2%"),
+        ([0.31, 0.29, 0.28], (-0.1, 0.1), SUPPORTED, "layers [16]: 98.1% of the parameters, 44.4%"),
+        ([0.31, 0.31, 0.28], (-0.1, 0.1), OPEN, "layers [32]: 99.6% of the parameters, 88.9%"),
         ([0.31, 0.29, 0.28], (0.1, 0.2), CONTRADICTED, "minus the ensemble's is +0.15"),
         ([0.33, 0.32, 0.31], (-0.1, 0.1), OPEN, "no wide_deep of the ladder is as good there"),
         ([0.33, 0.32, 0.31], (0.1, 0.2), CONTRADICTED, "the best has layers [32] and 0.31"),

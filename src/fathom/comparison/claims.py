@@ -171,7 +171,8 @@ def equal_quality(
     Args:
         difference: of two sides' test losses.
     """
-    best = min((step.apart for step in steps), key=lambda side: side.validation_loss)
+    step = min(steps, key=lambda step: step.apart.validation_loss)
+    best = step.apart
     joints = [step.joint for step in steps]
     equals = [side for side in joints if side.validation_loss <= best.validation_loss]
     said = (
@@ -181,7 +182,8 @@ def equal_quality(
     )
     if equals:
         joint = min(equals, key=lambda side: (side.layer_parameters, side.validation_loss))
-        saved = best.layer_parameters - joint.layer_parameters
+        # Against the joint model with the same layers: an ensemble has some weights more anyway.
+        saved = step.joint.layer_parameters - joint.layer_parameters
         verdict = SUPPORTED if saved > 0 else OPEN if saved == 0 else CONTRADICTED
         said += (
             f"the smallest {joint.model} that is no worse has layers {joint.hidden}: "
