@@ -1,11 +1,9 @@
-"""How fast are candidates ranked: the network alone, and the service with all of it.
+"""How fast are candidates ranked, features looked up, over HTTP? And what happens in a rush?
 
-Two measurements. ``network``: the shape of the paper's deep part (1,200 inputs, layers of 1024,
-512 and 256) for 500 candidates of one user, by torch as it is trained and by the fast path.
-``service``: requests over HTTP to the service as a process, features looked up, on the champion of
-a run.
+The service as a process, on the champion of a run; beside it whole rows sent to ``/predict``, as to
+a server of models. (``online_reads.py`` has Feast's own reads of as many rows.)
 
-    python benchmarks/ranking.py                       # both; the second on what `make run` left
+    python benchmarks/ranking.py                       # on what `make run` left
     python benchmarks/ranking.py --cores 2 --json
     python benchmarks/ranking.py --quick               # fewer requests, the `test` environment
 """
@@ -13,13 +11,14 @@ a run.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,101 +29,18 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from fathom.config import TrainingConfig
-from fathom.encoding import Encoder, Frame, Values, fit_encoder
+from fathom.encoding import Encoder
 from fathom.fast import FastScorer
-from fathom.feature_store import FeatureRepo, FeatureStoreConfig
+from fathom.feature_store import FeatureRepo, FeatureStoreConfig, frame_of
 from fathom.hardware import hardware
-from fathom.lookup import spread_frame
-from fathom.models import Inputs, build
-from fathom.ranker import Ranker
+from fathom.ranker import Ranker, rows_of_frame
 from fathom.registry import Registry
 from fathom.spec import FeatureSpec
 from replay import InputError, service
+from scoring import agreement
 
 SIZES = (50, 200, 500, 1000)
-#: Of the paper's network: columns of 32 that users, items and contexts have, and numbers.
-OWNERS, WIDTH, NUMBERS = {"user": 12, "item": 18, "context": 6}, 32, 24
-HIDDEN = (1024, 512, 256)
-VALUES, CANDIDATES = 5_000, 500
-
-
-# -- the network ---------------------------------------------------------------------------------
-
-
-def paper_spec() -> FeatureSpec:
-    """36 columns of width 32 and 24 numbers (two inputs each): 1,200 inputs."""
-    columns: list[dict[str, Any]] = [
-        {"name": f"{owner}{i}", "kind": "categorical", "owner": owner, "embedding": WIDTH}
-        for owner, count in OWNERS.items()
-        for i in range(count)
-    ]
-    columns += [
-        {"name": f"number{i}", "kind": "numeric", "owner": "item" if i % 2 else "user"}
-        for i in range(NUMBERS)
-    ]
-    entities = {"user": "user0", "item": "item0", "request": "request"}
-    label = {"name": "clicked", "values": [0, 1]}
-    return FeatureSpec.model_validate({"entities": entities, "label": label, "columns": columns})
-
-
-def drawn(spec: FeatureSpec, rows: int, seed: int = 0) -> dict[str, Values]:
-    """Random rows of the columns."""
-    draw = np.random.default_rng(seed)
-    frame: dict[str, Values] = {}
-    for column in spec.columns:
-        if column.is_numeric:
-            frame[column.name] = draw.random(rows).astype(np.float32)
-        else:
-            values = np.empty(rows, object)
-            values[:] = [f"v{i}" for i in draw.integers(0, VALUES, rows)]
-            frame[column.name] = values
-    return frame
-
-
-def network(rounds: int) -> dict[str, Any]:
-    """Milliseconds for 500 candidates of one user, one thread."""
-    spec = paper_spec()
-    encoder = fit_encoder(drawn(spec, 20 * VALUES), spec)
-    assert encoder.layout.deep_width == 1200
-    config = TrainingConfig(model="deep", hidden=HIDDEN)
-    model = build(encoder.layout, config).eval()
-    ranker = Ranker(encoder, model, config)
-    fast = FastScorer(ranker)
-    columns = _of_one_user(drawn(spec, CANDIDATES, 1), spec)
-    frame = spread_frame(columns, CANDIDATES)
-    inputs = Inputs.of(encoder.encode(frame))
-    difference = np.abs(ranker.score(frame) - fast.score(columns, CANDIDATES)).max()
-
-    def eager() -> None:
-        with torch.inference_mode():
-            model(inputs)
-
-    acts: dict[str, Callable[[], object]] = {
-        "torch, encoded already": eager,
-        "torch, with encoding": lambda: ranker.score(frame),
-        "fast path, with encoding": lambda: fast.score(columns, CANDIDATES),
-    }
-    found: dict[str, list[float]] = {name: [] for name in acts}
-    for turn in range(rounds + 3):  # interleaved, the first ones to warm up
-        for name, act in acts.items():
-            started = time.perf_counter()
-            act()
-            if turn >= 3:
-                found[name].append(time.perf_counter() - started)
-    return {
-        "candidates": CANDIDATES,
-        "largest_difference": float(difference),
-        "ms": {name: _quantiles(seconds) for name, seconds in found.items()},
-    }
-
-
-def _of_one_user(frame: Frame, spec: FeatureSpec) -> dict[str, Values]:
-    """The rows as candidates of one user: what is not the item's is the first row's for all."""
-    return {
-        name: values if spec.owner(name) == "item" else values[:1]  # type: ignore[index]
-        for name, values in frame.items()
-    }
+CANDIDATES = 200
 
 
 # -- the service ---------------------------------------------------------------------------------
@@ -166,30 +82,70 @@ def _champion(data: Path) -> Path:
 def over_http(data: Path, cores: int, requests: int, seconds: float) -> dict[str, Any]:
     """Latencies by number of candidates with one connection, and a rush of requests."""
     folder = _champion(data)
-    encoder = Encoder.load(folder)
-    settings = yaml.safe_load(Path("conf/base/parameters.yml").read_text(encoding="utf-8"))
-    config = {"project": settings["feature_store"]["project"], "folder": f"{data}/04_feature"}
-    repo = FeatureRepo(FeatureStoreConfig.model_validate(config), Path.cwd())
+    spec = Encoder.load(folder).spec
     os.environ["OMP_NUM_THREADS"] = str(cores)
     with (
         tempfile.TemporaryDirectory() as temporary,
-        service(folder, repo, Path(temporary) / "log", logged=False) as client,
+        service(folder, _repo(data), Path(temporary) / "log", logged=False) as client,
     ):
         server = _server(client)
         for process in (server, *server.children(recursive=True)):
             process.cpu_affinity(list(range(cores)))
-        latencies = {}
-        for size in SIZES:
-            bodies = [json.dumps(r) for r in asked(data, encoder.spec, size, requests)]
-            taken = [_timed(client, body) for body in bodies]
-            kept = taken[len(taken) // 10 :]
-            latencies[size] = _quantiles(kept) | {
-                "requests_per_second": 1 / statistics.fmean(kept),
-                "items_per_second": size / statistics.fmean(kept),
-            }
-        rush = _rush(client, asked(data, encoder.spec, 200, 200), seconds)
-        memory = sum(p.memory_info().rss for p in (server, *server.children(recursive=True)))
-    return {"cores": cores, "latency": latencies, "rush": rush, "memory_mb": memory / 2**20}
+        found = {
+            f"/rank, {size}": _latency(client, "/rank", asked(data, spec, size, requests))
+            for size in SIZES
+        }
+        rows = _rows(data, spec, CANDIDATES)
+        found[f"/predict, {CANDIDATES}"] = _latency(client, "/predict", [{"rows": rows}] * requests)
+        before = _memory_mb(server)
+        rush = _rush(client, asked(data, spec, CANDIDATES, 200), seconds)
+        memory = {"before the rush": before, "after": _memory_mb(server)}
+    return {"cores": cores, "latency": found, "rush": rush, "memory_mb": memory}
+
+
+def _memory_mb(server: psutil.Process) -> float:
+    """Resident memory of the service's processes, MiB."""
+    processes = (server, *server.children(recursive=True))
+    return float(sum(process.memory_info().rss for process in processes)) / 2**20
+
+
+def _repo(data: Path) -> FeatureRepo:
+    settings = yaml.safe_load(Path("conf/base/parameters.yml").read_text(encoding="utf-8"))
+    config = {"project": settings["feature_store"]["project"], "folder": f"{data}/04_feature"}
+    return FeatureRepo(FeatureStoreConfig.model_validate(config), Path.cwd())
+
+
+def _rows(data: Path, spec: FeatureSpec, count: int) -> list[dict[str, Any]]:
+    """Rows of the test split, as ``/predict`` takes them."""
+    frame = frame_of(pq.read_table(data / "05_model_input/test.parquet").slice(0, count))
+    return rows_of_frame(frame, spec, range(count))
+
+
+def _latency(
+    client: httpx.Client, path: str, requests: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    connection = _connection(client)
+    bodies = [json.dumps(request) for request in requests]
+    taken = [_timed(connection, path, body)[1] for body in bodies]
+    connection.close()
+    kept = taken[len(taken) // 10 :]
+    sent = requests[0].get("candidates") or requests[0]["rows"]
+    rate = 1 / statistics.fmean(kept)
+    return _quantiles(kept) | {"requests_per_second": rate, "items_per_second": len(sent) * rate}
+
+
+def _connection(client: httpx.Client) -> http.client.HTTPConnection:
+    """A client that takes less of the time than httpx."""
+    return http.client.HTTPConnection("127.0.0.1", client.base_url.port, timeout=30)
+
+
+def precision(data: Path) -> dict[str, float]:
+    """How far bfloat16 moves the champion's scores, on rows of the test split."""
+    ranker = Ranker.load(_champion(data))
+    table = pq.read_table(data / "05_model_input/test.parquet").slice(0, 2_000)
+    frame = {n: v for n, v in frame_of(table).items() if n in {c.name for c in ranker.spec.columns}}
+    half = FastScorer(ranker, precision="bfloat16").score(frame, len(table))
+    return agreement(half, ranker.score(frame))
 
 
 def _server(client: httpx.Client) -> psutil.Process:
@@ -203,10 +159,13 @@ def _server(client: httpx.Client) -> psutil.Process:
     raise RuntimeError(f"nothing listens on port {port}")
 
 
-def _timed(client: httpx.Client, body: str) -> float:
+def _timed(connection: http.client.HTTPConnection, path: str, body: str) -> tuple[int, float]:
+    """An answer's status, and seconds until all of it was there."""
     started = time.perf_counter()
-    client.post("/rank", content=body).raise_for_status()
-    return time.perf_counter() - started
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status, time.perf_counter() - started
 
 
 def _rush(
@@ -214,7 +173,7 @@ def _rush(
 ) -> dict[str, Any]:
     """At a rate that can be sustained, then at twice of it: latencies of what is let in."""
     bodies = [json.dumps(request) for request in requests]
-    alone = statistics.fmean(_timed(client, body) for body in bodies[:50])
+    alone = 1 / _latency(client, "/rank", requests[:50])["requests_per_second"]
     rate = 0.7 / alone
     found = {}
     for name, times in (("sustained", 1.0), ("twice", 2.0), ("after", 1.0)):
@@ -230,11 +189,12 @@ def _at_rate(
     taken: list[float] = []
 
     def ask(body: str) -> None:
-        started = time.perf_counter()
-        status = client.post("/rank", content=body).status_code
+        connection = _connection(client)
+        status, seconds = _timed(connection, "/rank", body)
+        connection.close()
         statuses.append(status)
         if status == 200:
-            taken.append(time.perf_counter() - started)
+            taken.append(seconds)
 
     draw = np.random.default_rng(0)
     threads = []
@@ -261,29 +221,26 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures as text."""
-    paper, served = figures["network"], figures["service"]
-    lines = [f"{paper['candidates']} candidates, 1,200 inputs, layers {HIDDEN}, one thread"]
-    base = paper["ms"]["torch, encoded already"]["p50_ms"]
-    for name, found in paper["ms"].items():
-        times = base / found["p50_ms"]
+    served, half = figures["service"], figures["bfloat16"]
+    lines = [f"over HTTP with features, one connection, {served['cores']} core(s)"]
+    lines.append("  candidates          p50 ms    p99 ms  requests/s     items/s")
+    for name, found in served["latency"].items():
         lines.append(
-            f"  {name:28}{found['p50_ms']:9.2f} ms  p99 {found['p99_ms']:.2f}  {times:.2f}x"
-        )
-    lines.append(f"  largest difference of a probability: {paper['largest_difference']:.1e}")
-    lines += ["", f"over HTTP with features, one connection, {served['cores']} core(s)"]
-    lines.append("  candidates      p50 ms    p99 ms  requests/s     items/s")
-    for size, found in served["latency"].items():
-        lines.append(
-            f"  {size:10}{found['p50_ms']:12.2f}{found['p99_ms']:10.2f}"
+            f"  {name:14}{found['p50_ms']:12.2f}{found['p99_ms']:10.2f}"
             f"{found['requests_per_second']:12.0f}{found['items_per_second']:12,.0f}"
         )
-    lines += ["", "open loop, 200 candidates"]
+    lines += ["", f"open loop, {CANDIDATES} candidates"]
     for name, found in served["rush"].items():
         lines.append(
             f"  {name:10}{found['rate']:8.0f}/s  p50 {found['p50_ms']:.1f} ms  p99 "
             f"{found['p99_ms']:.1f} ms  {found['statuses']}"
         )
-    lines.append(f"memory of the service: {served['memory_mb']:,.0f} MB")
+    memory = ", ".join(f"{mb:,.0f} {when}" for when, mb in served["memory_mb"].items())
+    lines.append(f"memory of the service, MiB: {memory}")
+    lines.append(
+        f"bfloat16: probabilities differ by {half['largest_difference']:.1e} at most, "
+        f"{half['pairs_in_order']:.2%} of pairs in order"
+    )
     return "\n".join([*lines, f"hardware: {figures['hardware']}"])
 
 
@@ -303,8 +260,8 @@ def main() -> None:
         raise SystemExit(f"ranking: {error}") from None
     figures = {
         "benchmark": "ranking",
-        "network": network(5 if given.quick else 50),
         "service": served,
+        "bfloat16": precision(data),
         "hardware": hardware(),
     }
     print(table(figures))

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 import forks
 
@@ -69,3 +71,40 @@ def test_without_a_run_the_benchmarks_name_what_is_missing(
     (tmp_path / "05_model_input/training_frame.parquet").touch()
     with pytest.raises(replays.InputError, match="has no champion; make a whole run first"):
         replays.measure(tmp_path, 10)
+
+
+def test_scoring_names_what_it_compares_and_how_far_scores_are_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scoring = importlib.import_module("scoring")
+    threads = torch.get_num_threads()
+    try:
+        scoring.main(["--quick", "--json"])
+    finally:
+        torch.set_num_threads(threads)
+        sys.modules.pop("scoring", None)
+    printed = capsys.readouterr().out.splitlines()
+    figures = json.loads(printed[-1])
+    one, divided = figures["one_thread"], figures["table_2"]
+    assert set(one["scores"]) < set(one["ms"])
+    assert set(divided["ms"]) == {
+        *("torch, 200 on 1", "torch, 100 on 2", "torch, 50 on 4", "fast path, 200 on 1")
+    }
+    assert one["scores"]["fast path, with encoding"]["largest_difference"] < 1e-6
+    assert one["scores"]["fast path, bfloat16"]["pairs_in_order"] > 0.9
+    for name in one["ms"]:
+        assert any(line.strip().startswith(name) for line in printed)
+
+
+def test_agreement_counts_pairs_and_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scoring = importlib.import_module("scoring")
+    expected = np.arange(20) / 20
+    swapped = expected.copy()
+    swapped[[9, 10]] = swapped[[10, 9]]  # one of 190 pairs, and one of the best ten
+    found = scoring.agreement(swapped, expected)
+    sys.modules.pop("scoring", None)
+    assert found["largest_difference"] == pytest.approx(0.05)
+    assert found["pairs_in_order"] == pytest.approx(189 / 190)
+    assert found["of_best_10"] == 0.9

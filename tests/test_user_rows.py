@@ -155,8 +155,7 @@ def test_a_store_that_fails_is_not_asked_again_until_it_answers(
     assert rows.read("u1")["users"].moment == NOON
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "the online store is down (ConnectionError); users count as unknown "
-        "until it is back",
+        "the online store is down (ConnectionError); users count as unknown until it is back",
         "the online store answers again",
     ]
 
