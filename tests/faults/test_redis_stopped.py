@@ -34,7 +34,7 @@ UNTIL = START + timedelta(days=DAYS + 1)
 MOMENT = datetime(2024, 2, 1, 10, tzinfo=timezone.utc)
 CONTEXT = {"shelf": "low", "shop": "shop1", "discount": 0.1}
 #: For each answer, whatever the store does; a busy machine is part of it.
-BUDGET_SECONDS = 1.0
+BUDGET_SECONDS = 3.0
 
 
 def conf_options() -> str:

@@ -39,7 +39,7 @@ def wait_until_in_progress(service: Running, count: int) -> None:
     while found < count:
         assert time.monotonic() < until, f"{found} in progress"
         text = httpx.get(f"{service.url}/metrics", trust_env=False, timeout=SECONDS).text
-        rank = re.search(r'request_in_progress\{.*endpoint="/rank".*\} (\S+)', text)
+        rank = re.search(r'fathom_requests_in_progress\{.*path="/rank".*\} (\S+)', text)
         found = int(float(rank[1])) if rank else 0
 
 
