@@ -20,8 +20,9 @@ from canary import NAMES, bait
 from damage import corrupt, nan, other_weights, truncate, vouch
 from fathom.metrics import metrics
 from fathom.ranker import MANIFEST, TOLERANCE, ArtifactError
+from fathom.ranking import RehearsalError
 from fathom.registry import Registry, RegistryError
-from fathom.service import RehearsalError, Serving, app
+from fathom.service import Serving, app
 from fathom.serving import ServingConfig
 from small_ranker import Artifact, register
 

@@ -19,9 +19,10 @@ from fathom import api
 from fathom.feature_log import PROPENSITY, SLOT
 from fathom.feature_store import FeatureRepo
 from fathom.online import OnlineFeatures, UserRead
+from fathom.ranking import Ranking
 from fathom.recommending import Pool, Recommender
 from fathom.retrieval import Approximate, RetrievalConfig
-from fathom.service import Ranking, Serving, app
+from fathom.service import Serving, app
 from fathom.serving import OnlineStore, ServingConfig
 from small_ranker import ITEMS, SPEC, WITH_HISTORY, Artifact, feature_store, register, tables
 

@@ -40,12 +40,12 @@ from fathom.keys import KeysError, made
 from fathom.metrics import metrics
 from fathom.online import OnlineFeatures
 from fathom.ranker import TOLERANCE, ArtifactError, Ranker, rows_of_frame
+from fathom.ranking import Ranking
 from fathom.service import (
     FEATURE_LOG,
     FEATURE_STORE,
     RANKER,
     SERVING,
-    Ranking,
     RankingService,
     Serving,
     _endpoint,
@@ -875,10 +875,11 @@ def test_importing_the_service_costs_little(root: Path) -> None:
 def limited(folder: Path, **settings: Any) -> Iterator[TestClient]:
     """The application with settings of its own."""
     serving = Serving(folder, None, ServingConfig(**settings))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app.state, "serving", serving, raising=False)
-        with TestClient(app, raise_server_exceptions=False) as client:
-            yield client
+    before = getattr(app.state, "serving", None)
+    app.state.serving = serving
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+    app.state.serving = before
     serving.close()
 
 

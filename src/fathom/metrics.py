@@ -5,7 +5,6 @@ BentoML's own metrics are off: they keep a time series for every path that anybo
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,9 +137,12 @@ def exposition() -> tuple[bytes, str]:
     from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from prometheus_client.multiprocess import MultiProcessCollector
+    from prometheus_client.values import MutexValue, ValueClass
 
     registry = REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # BentoML's server sets it
+    # By what the values are kept in, which was decided at the import: BentoML's server sets
+    # PROMETHEUS_MULTIPROC_DIR before it, and others may set it after.
+    if ValueClass is not MutexValue:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry), CONTENT_TYPE_LATEST

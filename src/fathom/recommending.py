@@ -1,7 +1,7 @@
 """Recommendation: what may be shown, what of it is retrieved, and what of that fills the slots.
 
 Between retrieval and the slots stands the ranker, which scores what was retrieved as ``/rank``
-does; `fathom.service` puts the three together.
+does; `fathom.ranking` puts the three together.
 
 Legend: I items of the tower, P items of a pool (retrieved, then ranked), K slots.
 """
