@@ -241,12 +241,7 @@ def test_unknown_users_and_items_are_scored_and_counted(service, visit):
 
 
 def test_recommendations_over_http_are_ranked_as_rank_ranks_them(service, visit):
-    row, _, moment = visit
-    request = {
-        "user": row["household_id"],
-        "context": {name: row[name] for name in ("store_id", "display", "mailer")},
-        "timestamp": moment.isoformat(),
-    }
+    request = {name: visit.request[name] for name in ("user", "context", "timestamp")}
     more = {"k": 20, "exclude_interacted": True, "where": {"department": ["GROCERY"]}}
     answer = httpx.post(f"{service}/recommend", json=request | more, timeout=30)
     assert answer.status_code == 200, answer.text

@@ -24,11 +24,9 @@ pytestmark = pytest.mark.e2e
 
 #: For each refusal: what 16 MiB of JSON take to read, on a machine that does other things, too.
 SOON_SECONDS = 60.0
-#: What may be left of reading several hundred: 140 MiB were, and 460 while each of a million faults
-#: was put into words.
-GROWTH_BYTES = 300 << 20
-#: What may be left of what is not read.
-UNREAD_BYTES = 100 << 20
+#: What may be left of bodies that are not read, and of those that are once the allocator has had as
+#: much from the system as they take.
+GROWTH_BYTES = 100 << 20
 MEGABYTE = b" " * 1_000_000
 MANY = range(100_000)
 WRONG = (None, True, 3, "x", [], {}, [[]], [None], {"a": 1})
@@ -89,8 +87,9 @@ def test_each_is_refused_soon_and_no_memory_stays_with_them(
         )
 
     hostile = list(bodies())
-    before = hardened.resident_bytes
-    for _ in range(2):
+    for repeated in range(3):
+        if repeated == 1:
+            before = hardened.resident_bytes
         for path, body in hostile:
             ask(path, body)
     assert hardened.resident_bytes - before < GROWTH_BYTES
@@ -112,7 +111,7 @@ def test_a_hundred_megabytes_are_not_read(
         assert response.status_code == 413
         assert "at most 16777216 are allowed" in api.ErrorAnswer(**response.json()).error
         assert time.monotonic() - began < SOON_SECONDS
-    assert hardened.resident_bytes - before < UNREAD_BYTES
+    assert hardened.resident_bytes - before < GROWTH_BYTES
 
 
 def test_slow_clients_hold_nobody_up_and_are_cut_off(tmp_path: Path) -> None:
