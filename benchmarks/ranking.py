@@ -39,7 +39,7 @@ from fathom.spec import FeatureSpec
 from replay import InputError, service
 from scoring import agreement
 
-SIZES = (50, 200, 500, 1000)
+SIZES = (1000, 500, 200, 50)
 CANDIDATES = 200
 
 
@@ -91,9 +91,11 @@ def over_http(data: Path, cores: int, requests: int, seconds: float) -> dict[str
         server = _server(client)
         for process in (server, *server.children(recursive=True)):
             process.cpu_affinity(list(range(cores)))
+        # What is kept of items is computed when they are first seen, so one size comes twice.
+        sizes = {f"{CANDIDATES} first seen": CANDIDATES, **{f"{size}": size for size in SIZES}}
         found = {
-            f"/rank, {size}": _latency(client, "/rank", asked(data, spec, size, requests))
-            for size in SIZES
+            f"/rank, {name}": _latency(client, "/rank", asked(data, spec, size, requests))
+            for name, size in sizes.items()
         }
         rows = _rows(data, spec, CANDIDATES)
         found[f"/predict, {CANDIDATES}"] = _latency(client, "/predict", [{"rows": rows}] * requests)
@@ -223,10 +225,10 @@ def table(figures: Mapping[str, Any]) -> str:
     """The figures as text."""
     served, half = figures["service"], figures["bfloat16"]
     lines = [f"over HTTP with features, one connection, {served['cores']} core(s)"]
-    lines.append("  candidates          p50 ms    p99 ms  requests/s     items/s")
+    lines.append("  candidates              p50 ms    p99 ms  requests/s     items/s")
     for name, found in served["latency"].items():
         lines.append(
-            f"  {name:14}{found['p50_ms']:12.2f}{found['p99_ms']:10.2f}"
+            f"  {name:18}{found['p50_ms']:12.2f}{found['p99_ms']:10.2f}"
             f"{found['requests_per_second']:12.0f}{found['items_per_second']:12,.0f}"
         )
     lines += ["", f"open loop, {CANDIDATES} candidates"]

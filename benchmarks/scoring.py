@@ -228,11 +228,11 @@ def table(figures: Mapping[str, Any]) -> str:
             f"  {name:32}{found['p50_ms']:8.2f} ms  p99 {found['p99_ms']:7.2f}"
             f"{base / found['p50_ms']:7.2f}x"
         )
-    lines += ["", f"against the reference's scores{'':8}largest difference  pairs  of best {BEST}"]
+    lines += ["", f"against the reference{'':11}largest difference     pairs  of best {BEST}"]
     for name, found in one["scores"].items():
         lines.append(
-            f"  {name:32}{found['largest_difference']:22.1e}{found['pairs_in_order']:7.2%}"
-            f"{found[f'of_best_{BEST}']:11.0%}"
+            f"  {name:32}{found['largest_difference']:20.1e}{found['pairs_in_order']:10.2%}"
+            f"{found[f'of_best_{BEST}']:12.0%}"
         )
     lines += ["", f"200 candidates, batch on threads, {divided['cores']} core(s)"]
     for name, found in divided["ms"].items():
