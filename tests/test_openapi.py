@@ -50,7 +50,17 @@ def test_no_request_brings_an_error_or_an_answer_that_is_not_described(
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     tool, document = Path(sys.executable).with_name("schemathesis"), f"{patient.url}/docs.json"
     found = subprocess.run(
-        [tool, "run", document, "--url", patient.url, "--max-examples", "50", "--no-color"],
+        [
+            tool,
+            "run",
+            document,
+            "--url",
+            patient.url,
+            "--max-examples",
+            "50",
+            "--request-timeout",
+            "60",
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -434,7 +434,7 @@ def test_the_server_ends_with_the_process_that_started_it(bento: str, tmp_path: 
         time.sleep(0.05)
     assert len(family) >= 1
     server.stdin.close()  # as the kernel does when a process is killed
-    _, alive = psutil.wait_procs([server, *family], timeout=20)
+    _, alive = psutil.wait_procs([server, *family], timeout=60)
     for process in alive:
         process.kill()
     assert alive == []
