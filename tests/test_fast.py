@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,17 +95,6 @@ def test_in_bfloat16_scores_are_near_and_the_best_stays_the_best(model: str) -> 
     assert half.tolerance == HALF_TOLERANCE
     assert 0 < np.abs(found - expected).max() < HALF_TOLERANCE
     assert expected[found.argmax()] == pytest.approx(expected.max(), abs=HALF_TOLERANCE)
-
-
-def test_what_was_kept_beforehand_is_not_computed_again() -> None:
-    known = ranker(model="wide_deep")
-    columns = {name: rows(FRAME[name], [3] if name == "city" else [3, 9, 5]) for name in FRAME}
-    expected = known.score(spread_frame(columns, 3))
-    scorer = FastScorer(known)
-    scorer.keep(columns, 3)
-    scorer._item_weights = torch.full_like(scorer._item_weights, torch.nan)
-    np.testing.assert_allclose(scorer.score(columns, 3), expected, rtol=0, atol=1e-6)
-    FastScorer(ranker(model="dcn_v2")).keep(columns, 3)  # which keeps nothing
 
 
 def test_no_candidates_have_no_scores(fast: Ranker) -> None:

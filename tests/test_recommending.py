@@ -328,23 +328,6 @@ def test_without_an_aggregate_by_user_and_item_nothing_says_what_was_bought(
     assert "no aggregate of interactions by ['user_id', 'item_id']; remove it" in fault["fault"]
 
 
-def test_items_that_training_knows_are_kept_before_anybody_asks(
-    artifact: Artifact, repo: FeatureRepo
-) -> None:
-    settings = json.dumps({"root": str(repo.root), **repo.config.model_dump()})
-    ranking = Ranking(artifact.folder, settings)
-    known = set(artifact.ranker.encoder.tables["item_id"].values)
-    until = time.monotonic() + 60
-
-    def kept() -> set[str | None]:
-        return {value for item in ranking.scorer._items._places.copy() for value in item}
-
-    while not known <= kept() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert known <= kept()
-    ranking.close()
-
-
 def test_without_a_tower_recommend_says_why(client: TestClient, tmp_path: Path) -> None:
     own = app.state.serving.ranking
     app.state.serving.ranking = Ranking(register(tmp_path, spec=WITH_HISTORY).folder, None)

@@ -182,13 +182,6 @@ class FastScorer:
                 logits += self._wide_share * self._cross(columns, places)
         return sigmoid(logits) if self._ranker.spec.task == "binary" else logits
 
-    def keep(self, columns: Compact, count: int) -> None:
-        """Compute what is kept of N items before anybody asks for them; columns as for `score`."""
-        apart = self.available and all(len(columns[name]) == count for name in self._of_items)
-        if apart and self._is_deep and self._item_fields:
-            with self._lock, torch.inference_mode():
-                self._item_terms(columns, self._items.find(columns))
-
     # -- the deep part ---------------------------------------------------------------------------
 
     def _split(self, deep: Deep) -> None:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +40,6 @@ _NO_TOWER = (
     "its spec has no deep column of user or of item, nothing was positive, or retrieval.factors "
     "was 0; /rank takes candidates"
 )
-
-#: Items whose terms are computed at a time, while requests wait for some milliseconds.
-_KEPT_AT_ONCE = 200
 
 Answer = dict[str, Any]
 
@@ -83,7 +79,7 @@ class Ranking:
         self.store: OnlineStore = (
             before.store
             if before is not None and before.ranker.spec.hash == self.ranker.spec.hash
-            else OnlineStore(feature_store, self.ranker.spec, config, self._prepare)
+            else OnlineStore(feature_store, self.ranker.spec, config, self._load_attribution)
         )
         self.log = self._feature_log(config)
         self._golden = api.golden(folder)
@@ -125,29 +121,13 @@ class Ranking:
                 f"the feature store of {self.version} is {self.store.state}; run the "
                 "feature_store pipeline with its spec"
             )
-        self._keep_items()
 
-    def _prepare(self) -> None:
-        """What answers will need; on the scoring thread it would hold all others up."""
-        self._keep_items()
+    def _load_attribution(self) -> None:
+        """Import what ``/rank`` may be asked for; on the scoring thread it would hold all up."""
         if self.ranker.model.deep is not None:
             from fathom import attribution
 
             attribution.load()
-
-    def _keep_items(self) -> None:
-        """Compute the items' terms: of those that training knows, the commonest first."""
-        from fathom.online import UserRead
-
-        features, spec, encoder = self.store.features, self.ranker.spec, self.ranker.encoder
-        item = spec.entities.item
-        if features is None or item not in encoder.table_of:
-            return
-        keys, nobody = encoder.tables[encoder.table_of[item]].values, UserRead({}, False)
-        for start in range(0, len(keys), _KEPT_AT_ONCE):
-            some = [{item: key} for key in keys[start : start + _KEPT_AT_ONCE]]
-            columns, _ = features.compact("", {}, some, datetime.now(timezone.utc), nobody)
-            self.scorer.keep(columns, len(some))
 
     def _feature_log(self, config: ServingConfig) -> FeatureLog | None:
         if config.feature_log is None:
