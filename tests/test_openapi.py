@@ -49,18 +49,9 @@ def test_no_request_brings_an_error_or_an_answer_that_is_not_described(
 ) -> None:
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     tool, document = Path(sys.executable).with_name("schemathesis"), f"{patient.url}/docs.json"
+    options = "--max-examples 50 --request-timeout 60"
     found = subprocess.run(
-        [
-            tool,
-            "run",
-            document,
-            "--url",
-            patient.url,
-            "--max-examples",
-            "50",
-            "--request-timeout",
-            "60",
-        ],
+        [tool, "run", document, "--url", patient.url, *options.split()],
         cwd=tmp_path,
         capture_output=True,
         text=True,
