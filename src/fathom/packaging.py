@@ -49,11 +49,13 @@ _LOG_CHARACTERS = 4_000
 _PRIVACY = {"BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1"}
 #: BentoML's command line, which ends when its parent does: its standard input is a pipe from it.
 _LAUNCH = """
-import os, runpy, signal, threading
+import os, runpy, signal, threading, time
 
 def watch():
     os.read(0, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
+    while True:  # a signal that comes while the server starts is lost
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
 
 threading.Thread(target=watch, daemon=True).start()
 runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
