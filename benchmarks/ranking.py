@@ -37,7 +37,7 @@ from fathom.ranker import Ranker, rows_of_frame
 from fathom.registry import Registry
 from fathom.spec import FeatureSpec
 from replay import InputError, service
-from scoring import agreement
+from scoring import agreement, quantiles
 
 SIZES = (1000, 500, 200, 50)
 CANDIDATES = 200
@@ -133,7 +133,7 @@ def _latency(
     kept = taken[len(taken) // 10 :]
     sent = requests[0].get("candidates") or requests[0]["rows"]
     rate = 1 / statistics.fmean(kept)
-    return _quantiles(kept) | {"requests_per_second": rate, "items_per_second": len(sent) * rate}
+    return quantiles(kept) | {"requests_per_second": rate, "items_per_second": len(sent) * rate}
 
 
 def _connection(client: httpx.Client) -> http.client.HTTPConnection:
@@ -145,7 +145,7 @@ def precision(data: Path) -> dict[str, float]:
     """How far bfloat16 moves the champion's scores, on rows of the test split."""
     ranker = Ranker.load(_champion(data))
     table = pq.read_table(data / "05_model_input/test.parquet").slice(0, 2_000)
-    frame = {n: v for n, v in frame_of(table).items() if n in {c.name for c in ranker.spec.columns}}
+    frame = {n: v for n, v in frame_of(table).items() if n in ranker.spec.by_name}
     half = FastScorer(ranker, precision="bfloat16").score(frame, len(table))
     return agreement(half, ranker.score(frame))
 
@@ -210,12 +210,7 @@ def _at_rate(
     for thread in threads:
         thread.join()
     counts = {str(status): statuses.count(status) for status in sorted(set(statuses))}
-    return {"rate": rate, "statuses": counts, **_quantiles(taken)}
-
-
-def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1e3
-    return {"p50_ms": float(p50), "p99_ms": float(p99)}
+    return {"rate": rate, "statuses": counts, **quantiles(taken)}
 
 
 # -- the command ---------------------------------------------------------------------------------

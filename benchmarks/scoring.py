@@ -197,11 +197,14 @@ def interleaved(acts: Mapping[str, Act], rounds: int) -> dict[str, dict[str, flo
             started = time.perf_counter()
             act()
             if turn >= 3:
-                found[name].append((time.perf_counter() - started) * 1e3)
-    return {
-        name: dict(zip(("p50_ms", "p99_ms"), np.quantile(taken, [0.5, 0.99]).tolist(), strict=True))
-        for name, taken in found.items()
-    }
+                found[name].append(time.perf_counter() - started)
+    return {name: quantiles(seconds) for name, seconds in found.items()}
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Their middle and 99th percentile, in milliseconds."""
+    p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1e3
+    return {"p50_ms": float(p50), "p99_ms": float(p99)}
 
 
 def agreement(found: NDArray[Any], expected: NDArray[np.float64]) -> dict[str, float]:

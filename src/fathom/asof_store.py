@@ -46,9 +46,7 @@ from feast.infra.offline_stores.duckdb import (
     _write_data_source,
 )
 from feast.infra.offline_stores.file_source import FileSource
-from feast.infra.offline_stores.ibis import (
-    pull_all_from_table_or_query_ibis,
-)
+from feast.infra.offline_stores.ibis import pull_all_from_table_or_query_ibis
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
