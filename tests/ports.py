@@ -8,7 +8,9 @@ import socket
 
 #: Below those that the kernel gives to connections, and some for each pytest worker: nobody takes a
 #: port between its choice and the start of its server, or while its server is down.
-_OURS = itertools.count(20_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+#: Several pytest runs on one machine each need a FATHOM_TEST_PORTS of their own.
+_FIRST = int(os.environ.get("FATHOM_TEST_PORTS", "20000"))
+_OURS = itertools.count(_FIRST + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 
 
 def free_port() -> int:

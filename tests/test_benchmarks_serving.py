@@ -1,4 +1,4 @@
-"""The benchmarks of serving run as their users run them; `e2e/test_replay` serves a real run."""
+"""The benchmarks of serving run as their users run them; `e2e/test_skew` serves a real run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
-    """``benchmarks/online_reads.py`` and ``replay.py``, which are scripts and in no package."""
+    """``benchmarks/online_reads.py`` and ``skew.py``, which are scripts and in no package."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    yield importlib.import_module("online_reads"), importlib.import_module("replay")
-    for name in ("online_reads", "replay"):
+    yield importlib.import_module("online_reads"), importlib.import_module("skew")
+    for name in ("online_reads", "skew"):
         sys.modules.pop(name, None)
 
 

@@ -6,7 +6,7 @@ parquet file that appears whole or not at all::
     <folder>/<version>/<moment of writing>-<random>.parquet
 
 A crash loses the open segment alone. What does not fit the queue or the disk's share is dropped,
-the first counted, the second oldest first; scoring never waits. `fathom.replay` reads it back.
+the first counted, the second oldest first; scoring never waits. `fathom.skew` reads it back.
 """
 
 from __future__ import annotations

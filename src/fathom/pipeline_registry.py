@@ -3,9 +3,9 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-#: Not part of ``kedro run``: replay reads what a run does not make, tuning and the comparison train
+#: Not part of ``kedro run``: skew reads what a run does not make, tuning and the comparison train
 #: many times, and cross_search proposes what a person pastes.
-APART = frozenset({"comparison", "cross_search", "replay", "tuning"})
+APART = frozenset({"comparison", "cross_search", "skew", "tuning"})
 
 
 def register_pipelines() -> dict[str, Pipeline]:

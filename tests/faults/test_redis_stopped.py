@@ -20,8 +20,8 @@ import yaml
 from fathom.feature_store import FeatureRepo
 from fathom.online import OnlineFeatures
 from fathom.registry import Registry
-from fathom.replay import ReplayConfig, judge, replay
 from fathom.serving import ServingConfig
+from fathom.skew import SkewConfig, judge, replay
 from load import Load, load
 from redis_server import RedisServer
 from running_service import Running, running
@@ -159,7 +159,7 @@ def test_answers_go_on_while_redis_is_down_and_recover_by_themselves(house: Hous
     assert house.running.counted("unlogged_rows") == 0
 
     house.running.stop()
-    config = ReplayConfig(feature_log=str(house.log))
+    config = SkewConfig(feature_log=str(house.log))
     report = replay(repo, house.registry, config).as_dict()
     assert report["requests"] == served.asked
     assert report["degraded"] == degraded * 20

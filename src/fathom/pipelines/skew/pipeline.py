@@ -2,7 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from fathom.pipelines.replay.nodes import judge_replay, replay_served
+from fathom.pipelines.skew.nodes import judge_skew, replay_served
 
 
 def create_pipeline() -> Pipeline:
@@ -12,17 +12,17 @@ def create_pipeline() -> Pipeline:
             Node(
                 replay_served,
                 name="replay_served",
-                inputs=["params:replay", "params:feature_store", "params:registry"],
-                outputs="replay_report",
+                inputs=["params:skew", "params:feature_store", "params:registry"],
+                outputs="skew_report",
                 # What it reads lies outside of the catalog.
-                tags=["replay", "always"],
+                tags=["skew", "always"],
             ),
             Node(
-                judge_replay,
-                name="judge_replay",
-                inputs=["replay_report", "params:replay"],
+                judge_skew,
+                name="judge_skew",
+                inputs=["skew_report", "params:skew"],
                 outputs=None,
-                tags="replay",
+                tags="skew",
             ),
         ]
     )

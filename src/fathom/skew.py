@@ -42,12 +42,12 @@ Moments = NDArray[np.int64]
 log = logging.getLogger(__name__)
 
 
-class ReplayError(RuntimeError):
+class SkewError(RuntimeError):
     """What was served is not what the history says, or cannot be compared with it."""
 
 
-class ReplayConfig(BaseModel):
-    """What is replayed (``params:replay``).
+class SkewConfig(BaseModel):
+    """What is replayed (``params:skew``).
 
     Args:
         feature_log: folder that the service logs to.
@@ -108,11 +108,11 @@ class Report:
         }
 
 
-def replay(repo: FeatureRepo, rankers: Registry, config: ReplayConfig) -> Report:
+def replay(repo: FeatureRepo, rankers: Registry, config: SkewConfig) -> Report:
     """Build and score every logged vector again, and compare.
 
     Raises:
-        ReplayError: a version is not in the registry any more, or the feature store is of another
+        SkewError: a version is not in the registry any more, or the feature store is of another
             spec by now.
     """
     from fathom.artifact import ArtifactError
@@ -130,27 +130,25 @@ def replay(repo: FeatureRepo, rankers: Registry, config: ReplayConfig) -> Report
                 report.versions[version] = report.versions.get(version, 0) + len(logged)
                 _compare(logged, repo, ranker, report)
         except (RegistryError, ArtifactError, FeatureStoreError) as error:
-            raise ReplayError(
-                f"what ranker {version} served cannot be replayed: {error}"
-            ) from error
+            raise SkewError(f"what ranker {version} served cannot be replayed: {error}") from error
     return report
 
 
-def judge(report: Mapping[str, Any], config: ReplayConfig) -> None:
+def judge(report: Mapping[str, Any], config: SkewConfig) -> None:
     """Refuse a report of differences, and one of nothing.
 
     Raises:
-        ReplayError: says which columns differ, in how many rows.
+        SkewError: says which columns differ, in how many rows.
     """
     if not report["compared"]:
-        raise ReplayError(
+        raise SkewError(
             f"nothing was compared: {config.feature_log} has {report['rows']} rows, "
             f"{report['degraded']} of them served without the online store; serve with "
             "--feature-log and replay again"
         )
     if report["differing"] > config.tolerated_rows:
         columns = ", ".join(f"{name} ({c['rows']:,})" for name, c in report["columns"].items())
-        raise ReplayError(
+        raise SkewError(
             f"{report['differing']:,} of {report['compared']:,} served rows differ from the "
             f"feature store's history (at most {config.tolerated_rows:,} may), in {columns}; the "
             "report has examples. Either serving is skewed, or the history was changed afterwards"

@@ -3,11 +3,11 @@
 The online store is filled as of the start of the run's last whole step (a day, by default), and
 exposures of that step are sent to the service as the requests they were, one per basket. Their
 probabilities are compared with those that the ranker gives to the rows of the training frame, and
-the feature vectors that the service logged with those that history gives (`fathom.replay`).
+the feature vectors that the service logged with those that history gives (`fathom.skew`).
 
-    python benchmarks/replay.py                        # 10,000 exposures of `data`, or all of it
-    python benchmarks/replay.py --exposures 500 --json
-    python benchmarks/replay.py --quick                # 500 exposures, the `test` environment
+    python benchmarks/skew.py                        # 10,000 exposures of `data`, or all of it
+    python benchmarks/skew.py --exposures 500 --json
+    python benchmarks/skew.py --quick                # 500 exposures, the `test` environment
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fathom.features import is_packable, newest, packed, packed_name
 from fathom.hardware import hardware
 from fathom.ranker import Ranker
 from fathom.registry import Registry
-from fathom.replay import ReplayConfig, replay
+from fathom.skew import SkewConfig, replay
 from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 
 START_SECONDS = 120
@@ -230,7 +230,7 @@ def measure(data: Path, count: int) -> dict[str, Any]:
         with service(registry.path(version), repo, folder / "log") as client:
             online, seconds = served(client, asked, len(rows))
         began = time.perf_counter()
-        config = ReplayConfig(feature_log=str(folder / "log"))
+        config = SkewConfig(feature_log=str(folder / "log"))
         report = replay(repo, registry, config).as_dict()
         replayed = time.perf_counter() - began
     return {
@@ -284,7 +284,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # Feast prints its progress
             figures = measure(given.data or Path("data/test" if given.quick else "data"), count)
     except InputError as error:
-        raise SystemExit(f"replay: {error}") from None
+        raise SystemExit(f"skew: {error}") from None
     print(table(figures))
     if given.json:
         print(json.dumps(figures, allow_nan=False))

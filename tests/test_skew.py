@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import small_store
-from fathom import replay as replaying
+from fathom import skew
 from fathom.batch import Ragged
 from fathom.config import TrainingConfig
 from fathom.encoding import fit_encoder
@@ -32,7 +32,7 @@ from fathom.models import build
 from fathom.online import Known, OnlineFeatures
 from fathom.ranker import Ranker
 from fathom.registry import Registry
-from fathom.replay import ReplayConfig, ReplayError, judge, replay, table
+from fathom.skew import SkewConfig, SkewError, judge, replay, table
 from fathom.spec import FeatureSpec
 from small_store import COLUMNS, DAY, ITEMS, SPEC, START, USERS, a_spec
 
@@ -56,8 +56,8 @@ class Deployment:
     def log(self) -> Path:
         return self.folder / "log"
 
-    def config(self, **changes: Any) -> ReplayConfig:
-        return ReplayConfig(**{"feature_log": str(self.log)} | changes)
+    def config(self, **changes: Any) -> SkewConfig:
+        return SkewConfig(**{"feature_log": str(self.log)} | changes)
 
     def replayed(self, **changes: Any) -> dict[str, Any]:
         report = replay(self.repo, self.rankers, self.config(**changes)).as_dict()
@@ -226,7 +226,7 @@ def test_a_request_in_the_middle_of_a_materialisation_is_of_several_moments(live
         at_one = frame_of(lived.repo.training_frame(spine, SPEC, moment, TABLES_AS_OF))
         served = frame_of(rows)
         unlike[moment] = sum(
-            int(replaying._unlike(served[c.name], at_one[c.name]).sum()) for c in SPEC.columns
+            int(skew._unlike(served[c.name], at_one[c.name]).sum()) for c in SPEC.columns
         )
     assert min(unlike.values()) > 0
 
@@ -273,7 +273,7 @@ def test_one_value_that_differs_is_named_with_what_history_says(
         assert example["rebuilt"] == expected
         assert example["served"] == (None if column == "pair_share" else values[row])
     with pytest.raises(
-        ReplayError,
+        SkewError,
         match=rf"1 of {ROWS} served rows differ .*\(at most 0 may\), in {column} \(1\)",
     ):
         judge(report, copy.config())
@@ -300,7 +300,7 @@ def test_history_that_was_changed_afterwards_is_found(copy: Deployment, tmp_path
     assert len(report["columns"]["price"]["examples"]) == 2
     example = report["columns"]["price"]["examples"][0]
     assert (example["item_id"], example["rebuilt"]) == ("i1", 9.75)
-    with pytest.raises(ReplayError, match=r"in price \(63\)"):
+    with pytest.raises(SkewError, match=r"in price \(63\)"):
         judge(report, copy.config())
 
 
@@ -321,7 +321,7 @@ def test_what_was_served_without_the_online_store_is_not_compared(
     report = copy.replayed()
     assert (report["rows"], report["degraded"], report["compared"]) == (ROWS, ROWS, 0)
     with pytest.raises(
-        ReplayError,
+        SkewError,
         match=rf"nothing was compared: .*/log has {ROWS} rows, {ROWS} of them served without the "
         "online store; serve with --feature-log and replay again",
     ):
@@ -353,7 +353,7 @@ def test_an_attribute_that_changed_in_the_middle_is_counted_apart(copy: Deployme
 def test_a_ranker_that_is_gone_cannot_be_replayed(copy: Deployment):
     (copy.log / copy.version).rename(copy.log / "20240101-gone")
     with pytest.raises(
-        ReplayError, match=r"what ranker 20240101-gone served cannot be replayed: no version"
+        SkewError, match=r"what ranker 20240101-gone served cannot be replayed: no version"
     ):
         copy.replayed()
 
@@ -363,7 +363,7 @@ def test_a_feature_store_of_another_spec_cannot_be_replayed(copy: Deployment, tm
     shutil.copytree(copy.repo.folder, tmp_path / "features")
     repo = replace(copy.repo, root=tmp_path)
     repo.apply(fewer)
-    with pytest.raises(ReplayError, match=f"what ranker {copy.version} served .*genre_inter"):
+    with pytest.raises(SkewError, match=f"what ranker {copy.version} served .*genre_inter"):
         replace(copy, repo=repo).replayed()
 
 
@@ -371,7 +371,7 @@ def test_a_log_of_nothing_is_not_a_success(copy: Deployment):
     shutil.rmtree(copy.log)
     report = copy.replayed()
     assert report["rows"] == 0
-    with pytest.raises(ReplayError, match=r"nothing was compared: .* has 0 rows"):
+    with pytest.raises(SkewError, match=r"nothing was compared: .* has 0 rows"):
         judge(report, copy.config())
 
 
@@ -393,10 +393,10 @@ def test_the_report_as_a_table(lived: Deployment):
 
 def test_values_are_the_same_only_bit_for_bit_but_nan_is_nan():
     one, other = np.float32([0.0, 1.0, np.nan, np.nan]), np.float32([-0.0, 1.0, np.nan, 1.0])
-    assert replaying._unlike(one, other).tolist() == [True, False, False, True]
+    assert skew._unlike(one, other).tolist() == [True, False, False, True]
     quiet = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)
-    assert replaying._unlike(quiet, quiet[::-1]).tolist() == [False, False]
+    assert skew._unlike(quiet, quiet[::-1]).tolist() == [False, False]
     texts = np.array(["a", None, "", None], object), np.array(["a", None, None, "b"], object)
-    assert replaying._unlike(*texts).tolist() == [False, False, True, True]
+    assert skew._unlike(*texts).tolist() == [False, False, True, True]
     lists = Ragged.of([["a"], [], ["a", "b"], ["a"]]), Ragged.of([["a"], ["b"], ["b", "a"], ["a"]])
-    assert replaying._unlike(*lists).tolist() == [False, True, True, False]
+    assert skew._unlike(*lists).tolist() == [False, True, True, False]

@@ -1,4 +1,4 @@
-"""What a real service served of the default data is what `kedro run --pipelines replay` finds."""
+"""What a real service served of the default data is what `kedro run --pipelines skew` finds."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Served:
     def log(self) -> Path:
         return self.project.folder / LOG
 
-    def replay(self) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-        done = self.project.forked("run", "--env", "test", "--pipelines", "replay")
-        return done, self.project.json("08_reporting/replay.json")
+    def skew(self) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+        done = self.project.forked("run", "--env", "test", "--pipelines", "skew")
+        return done, self.project.json("08_reporting/skew.json")
 
 
 def baskets(project: Project, count: int) -> Iterator[dict[str, Any]]:
@@ -120,7 +120,7 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> 
 def test_replayed_features_and_probabilities_are_those_that_were_served(served: Served):
     assert served.rows > 200
     assert all(answer["user_known"] and not answer["degraded"] for answer in served.answers)
-    done, report = served.replay()
+    done, report = served.skew()
     assert done.returncode == 0, done.stderr[-4000:]
     assert report["rows"] == report["compared"] == served.rows
     assert report["requests"] == len(served.answers)
@@ -140,7 +140,7 @@ def test_a_value_that_differs_fails_the_run(served: Served):
     place = rows.schema.get_field_index(name)
     pq.write_table(rows.set_column(place, name, pa.array(values)), path)
     try:
-        done, report = served.replay()
+        done, report = served.skew()
     finally:
         path.write_bytes(whole)
     assert done.returncode != 0
@@ -155,7 +155,7 @@ def test_the_benchmark_serves_a_day_as_of_the_day_before(root: Path, served: Ser
     """The online store of a day ago, and the exposures that followed."""
     data = served.project.folder / "data/test"
     done = forks.python(
-        *("benchmarks/replay.py", "--data", str(data), "--exposures", "100", "--json"), folder=root
+        *("benchmarks/skew.py", "--data", str(data), "--exposures", "100", "--json"), folder=root
     )
     assert done.returncode == 0, done.stderr[-4000:]
     figures = json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,5 @@
+"""The skew pipeline."""
+
+from fathom.pipelines.skew.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]
