@@ -18,13 +18,14 @@ export BENTOML_HOME := $(CURDIR)/data/06_models/bentoml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check serve viz feast lock audit clean distclean
+.PHONY: help setup run test check serve monitor-ui viz feast lock audit clean distclean
 
 help:
 	@echo "make run    set up, then raw log → validated → trained → released → watched (kedro run)"
 	@echo "make serve  set up, then serve the champion over HTTP"
 	@echo "make test   set up, then run the tests with coverage"
 	@echo "make check  set up, then lint, format check, types, import contracts, doctests"
+	@echo "make monitor-ui  set up, then show all watched windows in the browser (evidently ui)"
 	@echo "make viz    set up, then show the pipelines in the browser (kedro viz)"
 	@echo "make feast  set up, then show what the feature store holds in the browser (feast ui)"
 	@echo "make lock   resolve the dependencies of pyproject.toml anew into requirements.lock"
@@ -41,6 +42,9 @@ run: setup
 serve: setup
 	@echo "==> kedro serve $(ARGS)"
 	@$(BIN)/kedro serve $(ARGS)
+
+monitor-ui: setup
+	@$(BIN)/evidently ui --workspace data/08_reporting/workspace $(ARGS)
 
 viz: setup
 	@$(BIN)/kedro viz $(ARGS)

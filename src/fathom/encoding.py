@@ -512,6 +512,23 @@ class Encoder:
             weight=_inverse(frame.get(INCLUSION_PROBABILITY)),
         )
 
+    def cross_hits(self, frame: Frame) -> dict[str, NDArray[np.float64]]:
+        """By cross, (N,) the share of a row's combinations that training knew; NaN without any."""
+        encoded = self._encode_wide(frame)
+        single, bags = iter(encoded[0]), iter(encoded[1])
+        found, start = {}, 0
+        for name, rows, bag in self.slots:
+            ids = next(bags) if bag else next(single)
+            if name in self.crosses:
+                values = ids.values if isinstance(ids, Ragged) else ids
+                known = (values - start >= FIRST_KNOWN).astype(np.float64)
+                if isinstance(ids, Ragged):
+                    total = np.bincount(ids.rows, known, len(ids))
+                    known = np.where(ids.lengths > 0, total / np.maximum(ids.lengths, 1), np.nan)
+                found[name] = known
+            start += rows
+        return found
+
     def _label(self, values: NDArray[Any]) -> NDArray[np.float32]:
         if self.spec.label.values is None:
             return values.astype(np.float32)

@@ -19,7 +19,7 @@ configure_project("fathom")
 NODES = {node.name: node for node in pipelines["__default__"].nodes}
 
 #: Parameters that are plain text: paths.
-PLAIN = {"params:checkpoints", "params:registry", "params:data_docs"}
+PLAIN = {"params:checkpoints", "params:registry", "params:data_docs", "params:workspace"}
 
 
 def test_the_default_pipeline_is_the_sum_of_the_others():

@@ -2,74 +2,165 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fathom.drift import MonitoringConfig
+from fathom.drift.config import MonitoringConfig
 from fathom.spec import EVENT_TIMESTAMP
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
+    from pyarrow import Table as ArrowTable
 else:
-    Table = Any
+    Table = ArrowTable = Any
 
 
 class WindowConfig(BaseModel):
-    """Which exposures are the newest (``params:window``).
+    """Which exposures are compared (``params:window``).
 
     Args:
-        days: the window ends with the newest exposure and reaches back this far.
+        days: the window reaches back this far from its end.
+        since, until: its bounds, ISO 8601, UTC by default, both included; by default ``days``
+            and the newest exposure say.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    days: int = Field(default=28, ge=1)
+    days: int = Field(default=7, ge=1)
+    since: str | None = None
+    until: str | None = None
+
+    def bounds(self, newest: datetime) -> tuple[datetime, datetime]:
+        """Where the window starts and ends.
+
+        Raises:
+            ValueError: a bound is no ISO 8601 moment; names it.
+        """
+        end = newest if self.until is None else _moment("until", self.until)
+        if self.since is None:
+            return end - timedelta(days=self.days), end
+        return _moment("since", self.since), end
 
 
-def watch(
-    training_frame: Table,
-    release: dict[str, Any],
-    config: MonitoringConfig,
-    window: WindowConfig,
-    registry: str,
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Compare the newest window with the champion's reference and decide on retraining.
+def _moment(name: str, text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(
+            f"window.{name} is {text!r}; it must be an ISO 8601 moment, as 2017-10-30T04:00:00Z"
+        ) from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
-    The spec is the champion's own copy, so that editing conf cannot move its thresholds.
+
+def score_window(
+    training_frame: Table, release: dict[str, Any], window: WindowConfig, registry: str
+) -> tuple[ArrowTable, dict[str, Any]]:
+    """Score the newest exposures with the champion.
+
+    Args:
+        release: a new champion is a reason to score again.
 
     Returns:
-        The decision, the report as one HTML page, and Evidently's figures.
-        Without a champion, a decision to retrain that says so.
+        The window's rows with ``probability`` and the hits of crosses, none without a champion;
+        the champion's version and the window's bounds.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from fathom import drift
-    from fathom.feature_store import frame_of
     from fathom.registry import Registry
 
     moment = training_frame[EVENT_TIMESTAMP]
-    end = moment.max().to_pyarrow().as_py()
-    start = end - timedelta(days=window.days)
+    start, end = window.bounds(moment.max().to_pyarrow().as_py())
     versions = Registry(Path(registry))
     version = versions.champion()
+    found = {"version": version, "start": start.isoformat(), "end": end.isoformat()}
     if version is None:
-        found = drift.nothing_to_watch(drift.Window(start, end))
-        return {"version": None, **found.decision.to_json()}, found.html, found.evidently
+        return pa.table({"probability": pa.array([], pa.float64())}), found
     champion = versions.load(version)
-    reference = pq.read_table(versions.path(version) / "reference.parquet")
-    spec = champion.spec
-    # Without inclusion probabilities: the model predicts on the scale of the sampled log.
-    columns = dict.fromkeys(
-        [*spec.keys, EVENT_TIMESTAMP, spec.label.name, *(column.name for column in spec.columns)]
+    names = drift.watched_columns(champion.spec)
+    rows = training_frame.filter((moment >= start) & (moment <= end)).select(*names)
+    return drift.scored(champion, rows.to_pyarrow()), found
+
+
+def decide(
+    scored_window: Table,
+    watched: dict[str, Any],
+    validation_report: list[dict[str, Any]],
+    previous_decisions: str | None,
+    config: MonitoringConfig,
+    registry: str,
+) -> tuple[dict[str, Any], str, str, dict[str, Any], dict[str, Any]]:
+    """Compare the window with the champion's reference, report, and decide on retraining.
+
+    Returns:
+        The decision; the history with it; the report as one HTML page, as Evidently's figures,
+        and as its snapshots.
+    """
+    import pyarrow.parquet as pq
+
+    from fathom import drift
+    from fathom.drift import history
+    from fathom.registry import Registry
+
+    window = drift.Window(*(datetime.fromisoformat(watched[side]) for side in ("start", "end")))
+    lines, version = previous_decisions or "", watched["version"]
+    if version is None:
+        decision = drift.nothing_to_watch(window)
+        made = drift.Report.of(decision)
+    else:
+        versions = Registry(Path(registry))
+        rows = pq.read_table(versions.path(version) / "reference.parquet")
+        reference = drift.reference_of(versions.load(version), rows, config)
+        past = [d for d in history.read(lines) if d.window.end < window.end]
+        found = drift.measure(
+            reference,
+            scored_window.to_pandas(),
+            window,
+            drift.last_sound(past, version),
+            _delivery(validation_report, window.end),
+        )
+        decision = drift.decide(found, past, config, version)
+        made = drift.report(reference, found, decision)
+    return (
+        decision.to_json(),
+        history.with_decision(lines, decision),
+        made.html,
+        made.figures,
+        made.snapshots,
     )
-    current = training_frame.filter(moment >= start).select(*columns).to_pyarrow()
-    scores = champion.score(frame_of(current))
-    current = current.append_column("probability", pa.array(scores))
-    found = drift.monitor(
-        reference.to_pandas(), current.to_pandas(), spec, config, drift.Window(start, end)
-    )
-    return {"version": version, **found.decision.to_json()}, found.html, found.evidently
+
+
+def draw_decisions(decisions: str) -> Any:
+    """The history of decisions as a figure."""
+    from fathom.drift import history
+
+    return history.plot(history.read(decisions))
+
+
+def record_window(
+    drift_snapshots: dict[str, Any], decision: dict[str, Any], workspace: str
+) -> dict[str, Any]:
+    """Add the window to the Evidently workspace.
+
+    Returns:
+        Its runs, as a receipt for the workspace.
+    """
+    from fathom.drift import Decision, history
+
+    runs = history.record(Path(workspace), drift_snapshots, Decision.from_json(decision))
+    return {"runs": runs, "needs": [workspace]}
+
+
+def _delivery(validation_report: list[dict[str, Any]], end: datetime) -> Any:
+    """What validation says of the partitions that the newest rows came in."""
+    from fathom.drift import Delivery
+
+    for table in validation_report:
+        if table["table"] == "exposures" and table["partitions"]:
+            newest = table["partitions"][-1]
+            age = datetime.now(timezone.utc) - end
+            return Delivery(newest["rows_in"], newest["quarantined"], age.total_seconds() / 3600)
+    return Delivery()

@@ -2,7 +2,12 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from fathom.pipelines.monitoring.nodes import watch
+from fathom.pipelines.monitoring.nodes import (
+    decide,
+    draw_decisions,
+    record_window,
+    score_window,
+)
 
 
 def create_pipeline() -> Pipeline:
@@ -10,17 +15,45 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(
-                watch,
-                name="watch",
+                score_window,
+                name="score_window",
+                inputs=["training_frame", "release", "params:window", "params:registry"],
+                outputs=["scored_window", "watched"],
+                tags="monitoring",
+            ),
+            Node(
+                decide,
+                name="decide",
                 inputs=[
-                    "training_frame",
-                    "release",
+                    "scored_window",
+                    "watched",
+                    "validation_report",
+                    "previous_decisions",
                     "params:monitoring",
-                    "params:window",
                     "params:registry",
                 ],
-                outputs=["decision", "drift_page", "drift_figures"],
+                outputs=[
+                    "decision",
+                    "decisions",
+                    "drift_page",
+                    "drift_figures",
+                    "drift_snapshots",
+                ],
                 tags="monitoring",
-            )
+            ),
+            Node(
+                draw_decisions,
+                name="draw_decisions",
+                inputs="decisions",
+                outputs="decisions_plot",
+                tags="monitoring",
+            ),
+            Node(
+                record_window,
+                name="record_window",
+                inputs=["drift_snapshots", "decision", "params:workspace"],
+                outputs="recorded_window",
+                tags="monitoring",
+            ),
         ]
     )
