@@ -12,7 +12,7 @@ was decided before → `report`. Nothing here trains or promotes.
 
 from __future__ import annotations
 
-from fathom.drift.champion import reference_of, scored, watched_columns
+from fathom.drift.champion import reference_of, sampled, scored, watched_columns
 from fathom.drift.config import PROBABILITY, MonitoringConfig, MonitoringError, Window
 from fathom.drift.decision import SEVERITIES, Decision, Severity, decide, last_sound
 from fathom.drift.forms import Watched, watched_of
@@ -47,6 +47,7 @@ __all__ = [
     "recoverable",
     "reference_of",
     "report",
+    "sampled",
     "scored",
     "watched_columns",
     "watched_of",

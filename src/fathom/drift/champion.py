@@ -12,8 +12,12 @@ from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+    from ibis.expr.types import Table
 
     from fathom.ranker import Ranker
+
+#: A sample's share is kept to one in so many.
+_PLACES = 1_000_000
 
 
 def watched_columns(spec: FeatureSpec) -> list[str]:
@@ -23,6 +27,18 @@ def watched_columns(spec: FeatureSpec) -> list[str]:
     """
     columns = (column.name for column in spec.columns)
     return list(dict.fromkeys([*spec.keys, EVENT_TIMESTAMP, spec.label.name, *columns]))
+
+
+def sampled(rows: Table, spec: FeatureSpec, most: int) -> Table:
+    """Whole requests of a log, about ``most`` rows, the same ones each time.
+
+    Lists stay whole, so that what is measured of rankings is comparable.
+    """
+    total = rows.count().to_pyarrow().as_py()
+    if total <= most:
+        return rows
+    place = rows[spec.entities.request].hash().abs() % _PLACES
+    return rows.filter(place < int(most / total * _PLACES))
 
 
 def scored(champion: Ranker, rows: pa.Table) -> pd.DataFrame:

@@ -40,7 +40,9 @@ class MonitoringConfig(BaseModel):
         min_volume: share of the usual number of rows below which the feed is broken.
         max_quarantined_share: of the window's raw rows, above which the delivery is broken.
         max_age_hours: between the newest exposure and the time of the run; null for no bound.
-        sample_rows: at most so many rows of each side are compared, drawn by ``seed``.
+        sample_rows: about so many rows of a window are scored and compared, in whole requests, so
+            that what it costs does not grow with the log. The reference is a sample as well
+            (``release.reference_rows``).
         min_rows: with fewer rows on a side there is no verdict.
         min_labels: with fewer labels, or fewer of either value (binary), labels do not tell.
         leaning_rows: rows on which it is measured how much the model leans on each column.

@@ -72,13 +72,13 @@ class Measurement:
     """A window beside the reference.
 
     Attributes:
-        rows: of both sides, before any was sampled.
-        quality: metrics of the labelled (sampled) rows of both sides, see
+        rows: of the ``reference``, of the window (``current``), and those ``sampled`` of it.
+        quality: metrics of the labelled rows of both sides, see
             `fathom.evaluation.metrics`; empty where labels do not suffice.
         won: None where labels do not suffice; ``unlabelled`` says why.
         faults: of the data, see `fathom.drift.health`.
         trace: for the next window.
-        counts: watched column → rows in each bin, of the reference's sample and of the window's.
+        counts: watched column → rows in each bin, of the reference and of the window.
         labelled: the rows that quality was measured on.
     """
 
@@ -105,6 +105,7 @@ def measure(
     window: Window,
     before: Trace | None = None,
     delivery: Delivery | None = None,
+    total: int | None = None,
 ) -> Measurement:
     """Measure a window.
 
@@ -115,6 +116,7 @@ def measure(
             not). Keys of user and request count if they are there.
         window: where the rows lie.
         before: trace of the last sound window; the reference's own by default.
+        total: rows of the window, if ``current`` is a sample of them.
 
     Raises:
         MonitoringError: absent or mistyped columns, values out of their domain, rows outside of
@@ -123,28 +125,26 @@ def measure(
     spec, config = reference.spec, reference.config
     if found := faults_of(current, "current", spec, window):
         raise MonitoringError(found)
-    rows = {"reference": len(reference.day), "current": len(current)}
+    total = len(current) if total is None else total
+    rows = {"reference": len(reference.day), "current": total, "sampled": len(current)}
     few = tuple(
         f"data: {side} has {n} rows, fewer than min_rows {config.min_rows}: no verdict"
-        for side, n in rows.items()
+        for side, n in (("reference", len(reference.day)), ("current", total))
         if n < config.min_rows
     )
     empty = Trace({}, {}, None)
     if few:
         return Measurement(window, rows, {}, {}, None, few, (), before or empty, {}, None)
-    sample = current
-    if len(sample) > config.sample_rows:
-        sample = sample.sample(config.sample_rows, random_state=config.seed)
-    sample = sample.reset_index(drop=True)
-    codes = reference.coded(sample)
-    labelled = Labelled.of(sample, spec)
+    current = current.reset_index(drop=True)
+    codes = reference.coded(current)
+    labelled = Labelled.of(current, spec)
     unlabelled = _too_few(reference.labelled, "reference", spec, config)
     unlabelled += _too_few(labelled, "window", spec, config)
     days = max(1, math.ceil((window.end - window.start).total_seconds() / 86_400))
-    usual = reference.usual(days, len(sample), 0 if unlabelled else len(labelled.rows))
+    usual = reference.usual(days, len(current), 0 if unlabelled else len(labelled.rows))
     counts = {
         name: (
-            reference.counts(name, reference.codes[name][reference.sample]),
+            reference.counts(name, reference.codes[name]),
             reference.counts(name, column),
         )
         for name, column in codes.items()
@@ -158,8 +158,8 @@ def measure(
     quality = {} if unlabelled else {name: _quality(side) for name, side in sides.items()}
     trace = Trace(
         {name: _shares(now) for name, (_, now) in counts.items()},
-        health.tenths(reference.numbers_of(sample)),
-        len(current) / days,
+        health.tenths(reference.numbers_of(current)),
+        total / days,
     )
     faults = health.faults(
         trace,

@@ -179,11 +179,11 @@ def _page(snapshots: list[Any], decision: Decision) -> str:
         verdict = "Mend the data"
     alerts = "".join(f"<li><b>{html.escape(alert)}</b></li>" for alert in decision.alerts)
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in decision.reasons)
-    rows = decision.evidence.get("rows", {"reference": 0, "current": 0})
+    rows = decision.evidence.get("rows", {"reference": 0, "current": 0, "sampled": 0})
     banner = (
         '<div style="font: 16px sans-serif; margin: 24px">'
         f"<h1>{verdict}</h1><p>Window {decision.window.start} to {decision.window.end}; rows: "
-        f"{rows['reference']} reference, {rows['current']} current. Severity "
-        f"{decision.severity}.</p><ul>{alerts}{reasons}</ul></div>"
+        f"{rows['reference']} reference, {rows['current']} current ({rows['sampled']} sampled). "
+        f"Severity {decision.severity}.</p><ul>{alerts}{reasons}</ul></div>"
     )
     return page.replace("<body>", f"<body>{banner}", 1)

@@ -129,7 +129,6 @@ class Reference:
     Attributes:
         forms: of each watched column, by name.
         codes: (N,) of each.
-        sample: rows that windows are compared with.
         day: (N,) of each row.
         leaning: column → share by which the loss grows if the model cannot use it.
     """
@@ -138,7 +137,6 @@ class Reference:
     config: MonitoringConfig
     forms: dict[str, Form]
     codes: dict[str, Codes]
-    sample: Codes
     day: Codes
     labelled: Labelled
     trace: Trace
@@ -177,16 +175,11 @@ class Reference:
         forms = {w.name: fit_form(w, frame, spec, config, words) for w in watched_of(spec)}
         moments = pd.to_datetime(frame[EVENT_TIMESTAMP], utc=True)
         days = ((moments - moments.min()) // pd.Timedelta(days=1)).to_numpy(np.int64)
-        draw = np.random.default_rng(config.seed)
-        sample = np.arange(len(frame))
-        if len(frame) > config.sample_rows:
-            sample = np.sort(draw.choice(len(frame), config.sample_rows, replace=False))
         return cls(
             spec=spec,
             config=config,
             forms=forms,
             codes={name: form.reference for name, form in forms.items()},
-            sample=sample,
             day=days,
             labelled=Labelled.of(frame, spec),
             trace=Trace(

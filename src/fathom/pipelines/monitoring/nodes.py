@@ -56,16 +56,20 @@ def _moment(name: str, text: str) -> datetime:
 
 
 def score_window(
-    training_frame: Table, release: dict[str, Any], window: WindowConfig, registry: str
+    training_frame: Table,
+    release: dict[str, Any],
+    config: MonitoringConfig,
+    window: WindowConfig,
+    registry: str,
 ) -> tuple[ArrowTable, dict[str, Any]]:
-    """Score the newest exposures with the champion.
+    """Score a sample of the newest exposures with the champion.
 
     Args:
         release: a new champion is a reason to score again.
 
     Returns:
-        The window's rows with ``probability`` and the hits of crosses, none without a champion;
-        the champion's version and the window's bounds.
+        The sampled rows with ``probability`` and the hits of crosses, none without a champion; the
+        champion's version, and the window's bounds and number of rows.
     """
     import pyarrow as pa
 
@@ -76,13 +80,15 @@ def score_window(
     start, end = window.bounds(moment.max().to_pyarrow().as_py())
     versions = Registry(Path(registry))
     version = versions.champion()
-    found = {"version": version, "start": start.isoformat(), "end": end.isoformat()}
+    found = {"version": version, "start": start.isoformat(), "end": end.isoformat(), "rows": 0}
     if version is None:
-        return pa.table({"probability": pa.array([], pa.float64())}), found
+        return pa.table({drift.PROBABILITY: pa.array([], pa.float64())}), found
     champion = versions.load(version)
-    names = drift.watched_columns(champion.spec)
-    rows = training_frame.filter((moment >= start) & (moment <= end)).select(*names)
-    return drift.scored(champion, rows.to_pyarrow()), found
+    rows = training_frame.filter((moment >= start) & (moment <= end))
+    rows = rows.select(*drift.watched_columns(champion.spec))
+    found["rows"] = rows.count().to_pyarrow().as_py()
+    sample = drift.sampled(rows, champion.spec, config.sample_rows)
+    return drift.scored(champion, sample.to_pyarrow()), found
 
 
 def decide(
@@ -121,6 +127,7 @@ def decide(
             window,
             drift.last_sound(past, version),
             _delivery(validation_report, window.end),
+            watched["rows"],
         )
         decision = drift.decide(found, past, config, version)
         made = drift.report(reference, found, decision)

@@ -17,7 +17,13 @@ def create_pipeline() -> Pipeline:
             Node(
                 score_window,
                 name="score_window",
-                inputs=["training_frame", "release", "params:window", "params:registry"],
+                inputs=[
+                    "training_frame",
+                    "release",
+                    "params:monitoring",
+                    "params:window",
+                    "params:registry",
+                ],
                 outputs=["scored_window", "watched"],
                 tags="monitoring",
             ),

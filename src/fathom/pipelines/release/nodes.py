@@ -27,8 +27,9 @@ class ReleaseConfig(BaseModel):
 
     Args:
         golden_rows: recorded test rows that every copy of the ranker must score alike.
-        reference_rows: sampled validation rows that drift is measured against.
-        seed: of both samples.
+        reference_rows: about so many validation rows, of whole requests, that drift is measured
+            against.
+        seed: of the recorded rows' sample.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -62,6 +63,7 @@ def register(
     Returns:
         Its version, as a receipt for its files.
     """
+    from fathom import drift
     from fathom.feature_store import frame_of
     from fathom.ranker import rows_of_frame
     from fathom.registry import Registry
@@ -75,10 +77,8 @@ def register(
         "probabilities": candidate.score(frame).tolist(),
         "timestamp": test_frame[EVENT_TIMESTAMP].max().to_pyarrow().as_py().isoformat(),
     }
-    columns = dict.fromkeys(
-        [*spec.keys, EVENT_TIMESTAMP, spec.label.name, *(column.name for column in spec.columns)]
-    )
-    reference = _sample(validation_frame.select(*columns), config.reference_rows, draw)
+    watched = validation_frame.select(*drift.watched_columns(spec))
+    reference = drift.sampled(watched, spec, config.reference_rows).to_pyarrow()
     scores = candidate.score(frame_of(reference))
     versions = Registry(Path(registry))
     version = versions.register(
