@@ -36,8 +36,8 @@ from fathom.hardware import hardware
 from fathom.ranker import Ranker, rows_of_frame
 from fathom.registry import Registry
 from fathom.spec import FeatureSpec
-from replay import InputError, service
 from scoring import agreement, quantiles
+from skew import InputError, service
 
 SIZES = (1000, 500, 200, 50)
 CANDIDATES = 200

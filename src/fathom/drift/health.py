@@ -10,7 +10,7 @@ away; the label has one value only.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +26,11 @@ _TENTHS = np.arange(1, 10) / 10
 #: Positive numbers needed to tell a factor.
 _MIN_NUMBERS = 200
 #: Rise of one value's share from which it may be a stuck feed.
-_LEAST_RISE = 0.02
+_LEAST_RISE = 0.05
 #: Part of the overall label rate by which a bin's has to differ to tell its rows from others.
-_TELLING = 0.3
+_TELLING = 0.5
+#: And within which the rate of rows that were added is that of all.
+_ALIKE = 0.25
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Labels:
         if not share or not abs(own - self.overall) > _TELLING * self.overall:
             return False
         added = (after * self.now[place] - (1 - share) * before * own) / share
-        return bool(abs(added - self.overall) < abs(added - own))
+        return bool(abs(added - self.overall) < _ALIKE * self.overall)
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,10 @@ def faults(
     counts: Mapping[str, NDArray[np.int64]],
     bins: Mapping[str, Sequence[str]],
     usual_moved: Mapping[str, float],
+    usual_missing: Mapping[str, float],
     computed: Collection[str],
     labels: Mapping[str, Labels],
+    is_one_value: Callable[[str, int], bool],
     delivery: Delivery,
     config: MonitoringConfig,
 ) -> list[str]:
@@ -114,10 +118,12 @@ def faults(
         now, before: of the window, and of the last sound one.
         counts: watched column → its rows by bin, now.
         bins: watched column → the names of its bins.
-        usual_moved: share of rows that change their bin without drift.
+        usual_moved, usual_missing: share of rows that change their bin, and rise of the share of
+            missing values, that windows without drift reach.
         computed: those of them that are computed from logs, where missing means that nothing
             happened yet, a value like any other.
         labels: watched column → label rates of its bins, where labels suffice.
+        is_one_value: whether the rows in a column's bin mostly have one value.
     """
     found: list[str] = []
     for name, rows in counts.items():
@@ -125,8 +131,14 @@ def faults(
         if len(was) != len(rows) or name == PROBABILITY:
             continue
         usual = usual_moved.get(name, 0.0)
-        fault = _missing(name, was, rows, 1.0 if name in computed else usual, config)
-        fault = fault or _stuck(name, was, rows, bins[name], usual, labels.get(name), config)
+        missing = usual_missing.get(name, 0.0)
+        if was[-1] > config.missing_rise:  # of a column that often is, the mix of rows moves it
+            missing = max(missing, usual)
+        missing = 1.0 if name in computed else missing
+        fault = _missing(name, was, rows, missing, config)
+        fault = fault or _stuck(
+            name, was, rows, bins[name], usual, labels.get(name), is_one_value, config
+        )
         found += [fault] if fault else []
     for name, values in now.tenths.items():
         factor = _factor(before.tenths.get(name), values, config)
@@ -164,6 +176,7 @@ def _stuck(
     bins: Sequence[str],
     usual: float,
     labels: Labels | None,
+    is_one_value: Callable[[str, int], bool],
     config: MonitoringConfig,
 ) -> str | None:
     """One value for some rows, all other rows as before: a mixture with a point mass.
@@ -175,21 +188,34 @@ def _stuck(
     after = now / now.sum()
     place = int(np.argmax(after - was))
     rise = float(after[place] - was[place])
-    if bins[place] == UNKNOWN or rise < max(_LEAST_RISE, 2 * usual):
+    if bins[place] == UNKNOWN or rise < _LEAST_RISE:
         return None
     share = rise / (1 - float(was[place]))
-    others = np.arange(len(was)) != place
-    left = now[others].sum() / now.sum()
-    # Fewer rows are left than `usual` is for, so that chance moves a larger share of them.
-    if left > 0 and scores.moved(was[others], now[others]) > usual / math.sqrt(left):
-        return None
-    like_any = labels is not None and labels.like_any(place, share, float(was[place]))
-    if share < config.stuck_share and not like_any:
+    told = labels is not None and labels.like_any(place, share, float(was[place]))
+    told = told or _flood(was, now, place, share, usual, config)
+    if not told or not is_one_value(name, place):
         return None
     return (
         f"{name}: {share:.1%} of the rows changed to {bins[place]} and the others stayed as they "
         "were, as where a feed is stuck; mend the source rather than retrain on it"
     )
+
+
+def _flood(
+    was: Floats,
+    now: NDArray[np.int64],
+    place: int,
+    share: float,
+    usual: float,
+    config: MonitoringConfig,
+) -> bool:
+    """Whether so many rows have moved to one bin, and nothing else has, that no label is needed."""
+    if share < max(config.stuck_share, 2 * usual):
+        return False
+    others = np.arange(len(was)) != place
+    left = now[others].sum() / now.sum()
+    # Fewer rows are left than `usual` is for, so that chance moves a larger share of them.
+    return bool(left == 0 or scores.moved(was[others], now[others]) <= usual / math.sqrt(left))
 
 
 def _factor(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from fathom import evaluation
 from fathom.drift import health, scores
 from fathom.drift.config import Method, MonitoringConfig, MonitoringError, Window
-from fathom.drift.forms import Codes, Kind
+from fathom.drift.forms import Codes, Kind, values_of
 from fathom.drift.frames import faults_of
 from fathom.drift.health import Delivery, Labels, Trace
 from fathom.drift.reference import Labelled, Reference, Usual
@@ -64,7 +65,7 @@ class Won:
     @property
     def excess(self) -> float:
         """Beyond what is usual; 0 where the window does not stand out."""
-        return self.share - self.usual if self.share > self.bound else 0.0
+        return self.share - max(self.usual, 0.0) if self.share > self.bound else 0.0
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,10 @@ def measure(
         {name: now for name, (_, now) in counts.items()},
         {name: form.bins for name, form in reference.forms.items()},
         usual.moved,
+        usual.missing,
         reference.computed,
         {} if unlabelled else {n: _rates(reference, n, labelled, codes[n]) for n in codes},
+        lambda name, place: _is_one_value(reference, name, current, codes[name] == place),
         delivery or Delivery(),
         config,
     )
@@ -266,6 +269,17 @@ def _rates(reference: Reference, name: str, labelled: Labelled, codes: Codes) ->
         labelled.rates(codes, bins),
         float(before.label.mean()),
     )
+
+
+def _is_one_value(
+    reference: Reference, name: str, current: pd.DataFrame, inside: NDArray[np.bool_]
+) -> bool:
+    """Whether most rows of a bin have one and the same value."""
+    form = reference.forms[name]
+    if form.kind != "numeric":
+        return form.kind == "categorical"
+    values = values_of(current[inside], form.watched, reference.config.seed)
+    return len(values) == 0 or bool(values.value_counts(dropna=False).iloc[0] > len(values) / 2)
 
 
 def _too_few(

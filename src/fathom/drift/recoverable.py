@@ -5,8 +5,9 @@ retraining can mend is what is *systematic* in its errors: rows alike in some co
 too high or too low. So each column's bins are offered as corrections of the model's own logit, in
 a stagewise additive fit (Friedman 2001, "Greedy function approximation", with a penalty towards
 no correction): the column that explains most is taken, the logit corrected, and again. Corrections
-are learnt on one half of the users and their gain is counted on the other, so that noise gains
-nothing: the estimate is what was found *and* held.
+are learnt on one half of the users and their gain is counted on the other, and within a half a
+column is chosen by what each quarter's corrections gain on the other quarter. So noise gains
+nothing, nor does a user whose many rows are alike: the estimate is what was found *and* held.
 
 It is a lower bound: corrections of one column each know no interactions.
 """
@@ -27,7 +28,7 @@ Ints = NDArray[np.int64]
 #: Corrections are expected to be of this size, in log-odds (for a regression, in the errors' own
 #: standard deviations): the standard deviation of their prior, which is what ridge's penalty is.
 _PRIOR = 0.25
-#: Nats by which a column must explain more than its bins would by chance, to be taken.
+#: Nats that a column must explain beyond chance, and gain on other users, to be taken.
 _LEAST_NATS = 3.0
 _ROUNDS = 5
 _NEWTON_STEPS = 3
@@ -47,7 +48,7 @@ class Recoverable:
 
 
 def recoverable(
-    codes: Mapping[str, Ints], logit: Floats, label: Floats, half: Ints, task: Task
+    codes: Mapping[str, Ints], logit: Floats, label: Floats, fold: Ints, task: Task
 ) -> Recoverable:
     """Estimate it for N labelled rows.
 
@@ -55,7 +56,7 @@ def recoverable(
         codes: column → (N,) bin of each row, from 0.
         logit: (N,) the model's; its prediction for a regression.
         label: (N,) 0 or 1; any number for a regression.
-        half: (N,) 0 or 1: which half of the users a row belongs to.
+        fold: (N,) 0 to 3: which quarter of the users a row belongs to.
     """
     names = list(codes)
     sizes = np.array([int(codes[name].max(initial=0)) + 1 for name in names])
@@ -66,10 +67,12 @@ def recoverable(
     before = _loss(logit, label, task)
     won: dict[str, float] = {}
     for side in (0, 1):
-        learn, judge = half == side, half != side
+        learn, judge = fold % 2 == side, fold % 2 != side
         if not learn.any() or not judge.any():
             continue
-        taken = _corrections(table[:, learn], sizes, logit[learn], label[learn], task, scale)
+        taken = _corrections(
+            table[:, learn], sizes, logit[learn], label[learn], fold[learn] // 2, task, scale
+        )
         current = logit[judge]
         loss = before[judge].sum()
         for place, correction in taken:
@@ -85,20 +88,40 @@ def recoverable(
 
 
 def _corrections(
-    table: Ints, sizes: Ints, logit: Floats, label: Floats, task: Task, scale: float
+    table: Ints,
+    sizes: Ints,
+    logit: Floats,
+    label: Floats,
+    quarter: Ints,
+    task: Task,
+    scale: float,
 ) -> list[tuple[int, Floats]]:
     """Columns taken, each with a correction for every bin of all columns (0 in others' bins)."""
     bins = int(sizes.sum())
     column_of = np.repeat(np.arange(len(sizes)), sizes)
-    taken = []
-    for _ in range(_ROUNDS):
+    penalty = 1 / _PRIOR**2 / (scale if task == "regression" else 1.0)
+    cells = [table[:, quarter == side] for side in (0, 1)]
+    taken: list[tuple[int, Floats]] = []
+    while len(taken) < _ROUNDS:
         gradient, curvature = _derivatives(logit, label, task, scale)
-        g = np.stack([np.bincount(row, gradient, bins) for row in table]).sum(axis=0)
-        h = np.stack([np.bincount(row, curvature, bins) for row in table]).sum(axis=0)
-        penalty = 1 / _PRIOR**2 / (scale if task == "regression" else 1.0)
-        # What a bin explains, less what its freedom would explain by chance (Akaike 1974).
-        explained = g**2 / (h + penalty) / 2 - h / (h + penalty)
-        gains = np.bincount(column_of, explained, len(sizes))
+        (g, h), (g_other, h_other) = (
+            (
+                _by_bin(cells[side], gradient[quarter == side], bins),
+                _by_bin(cells[side], curvature[quarter == side], bins),
+            )
+            for side in (0, 1)
+        )
+        # To second order: what a correction learnt on one quarter gains on the other, and what one
+        # learnt on both explains, less what its freedom would by chance (Akaike 1974).
+        held = np.zeros(bins)
+        for (g1, h1), (g2, h2) in (((g, h), (g_other, h_other)), ((g_other, h_other), (g, h))):
+            learnt = g1 / (h1 + penalty)
+            held += g2 * learnt - h2 * learnt**2 / 2
+        both = h + h_other
+        explained = (g + g_other) ** 2 / (both + penalty) / 2 - both / (both + penalty)
+        gains = np.minimum(
+            np.bincount(column_of, held, len(sizes)), np.bincount(column_of, explained, len(sizes))
+        )
         best = int(np.argmax(gains))
         if gains[best] < _LEAST_NATS:
             break
@@ -112,6 +135,14 @@ def _corrections(
         taken.append((best, correction))
         logit = logit + correction[table[best]]
     return taken
+
+
+def _by_bin(table: Ints, values: Floats, bins: int) -> Floats:
+    """Sums of values (N,) over each bin of all columns (C, N)."""
+    sums = np.zeros(bins)
+    for row in table:
+        sums += np.bincount(row, values, bins)
+    return sums
 
 
 def _derivatives(logit: Floats, label: Floats, task: Task, scale: float) -> tuple[Floats, Floats]:

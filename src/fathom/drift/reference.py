@@ -41,7 +41,7 @@ class Labelled:
         rows: (L,) where they are in the frame.
         label, probability: (L,).
         user, request: (L,) codes.
-        half: (L,) which half of the users a row belongs to, the same in every frame.
+        fold: (L,) which quarter of the users a row belongs to, the same in every frame.
     """
 
     rows: Codes
@@ -49,7 +49,7 @@ class Labelled:
     probability: Floats
     user: Codes
     request: Codes
-    half: Codes
+    fold: Codes
     task: Task
 
     @classmethod
@@ -76,7 +76,7 @@ class Labelled:
             held[PROBABILITY].to_numpy(np.float64),
             _codes(held, user),
             _codes(held, request),
-            _halves(held, user),
+            _folds(held, user),
             spec.task,
         )
 
@@ -101,7 +101,7 @@ class Labelled:
         columns = {name: column[self.rows[chosen]] for name, column in codes.items()}
         columns[EVERYWHERE] = np.zeros(len(chosen), np.int64)
         return recoverable(
-            columns, self.logit[chosen], self.label[chosen], self.half[chosen], self.task
+            columns, self.logit[chosen], self.label[chosen], self.fold[chosen], self.task
         )
 
 
@@ -112,12 +112,14 @@ class Usual:
     Attributes:
         scores, moved: watched column → the score, and the share of rows in another bin, that only
             ``1 - confidence`` of windows exceed in any column.
+        missing: and the rise of the share of missing values.
         won: the recoverable share of the median window.
         most_won: and the share that ``1 - confidence`` of them exceed.
     """
 
     scores: dict[str, float]
     moved: dict[str, float]
+    missing: dict[str, float]
     won: float = 0.0
     most_won: float = 0.0
 
@@ -236,7 +238,7 @@ class Reference:
         numeric, other = self.config.numeric_threshold, self.config.categorical_threshold
         kinds = {name: form.kind for name, form in self.forms.items()}
         found = {name: numeric if kind == "numeric" else other for name, kind in kinds.items()}
-        return Usual(found, dict.fromkeys(found, 0.1))
+        return Usual(found, dict.fromkeys(found, 0.1), dict.fromkeys(found, 0.0))
 
     def _calibrated(self, days: int, rows: int, labelled: int) -> Usual | None:
         there = np.unique(self.day)
@@ -247,6 +249,7 @@ class Reference:
         by_day = {name: self._by_day(name) for name in names}
         distances = np.zeros((self.config.draws, len(names)))
         shares = np.zeros((self.config.draws, len(names)))
+        missing = np.zeros((self.config.draws, len(names)))
         won = []
         enough = labelled >= self.config.min_labels
         day_of_labelled = self.day[self.labelled.rows]
@@ -260,6 +263,7 @@ class Reference:
                     now = draw.multinomial(rows, now / now.sum())
                 distances[i, j] = scores.score(self.forms[name].method, was, now)
                 shares[i, j] = scores.moved(was, now)
+                missing[i, j] = now[-1] / now.sum() - was[-1] / was.sum()
             if enough:
                 within = np.flatnonzero(drawn[day_of_labelled])
                 if len(within) > labelled:
@@ -269,6 +273,7 @@ class Reference:
         usual = Usual(
             dict(zip(names, _highest(distances, level), strict=True)),
             dict(zip(names, _highest(shares, level), strict=True)),
+            dict(zip(names, (float(rise) for rise in missing.max(axis=0)), strict=True)),
         )
         if not won:
             return usual
@@ -323,7 +328,7 @@ def _codes(frame: pd.DataFrame, name: str) -> Codes:
     return np.asarray(pd.factorize(frame[name])[0], np.int64)
 
 
-def _halves(frame: pd.DataFrame, user: str) -> Codes:
+def _folds(frame: pd.DataFrame, user: str) -> Codes:
     if user not in frame:
-        return np.arange(len(frame)) % 2
-    return np.array([crc32(str(key).encode()) & 1 for key in frame[user]], np.int64)
+        return np.arange(len(frame)) % 4
+    return np.array([crc32(str(key).encode()) & 3 for key in frame[user]], np.int64)
