@@ -368,7 +368,7 @@ def test_slices_of_the_same_rows_count_as_one(seed):
 
 def test_a_slice_with_too_few_rows_or_users_cannot_block():
     old, new = candidate("v1"), candidate("v2", np.where(MASKS["rare"], -LOGIT, LOGIT))
-    config = only(slice_margin=0.05, min_slice_users=2)
+    config = only(slice_margin=0.2, min_slice_users=2)
     assert judged(new, old, config).promoted
     few = RESAMPLING.model_copy(update={"min_slice_rows": 40})
     verdict = gate(window(), new, old, BASELINES, MASKS, config, few)

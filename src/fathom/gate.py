@@ -42,7 +42,6 @@ from fathom.evaluation import (
     UserSums,
     mask_rows,
     metrics,
-    miscalibration,
     paired_interval,
 )
 
@@ -309,20 +308,23 @@ def _slices(
     margins = config.slice_margins(challenger.task)
     compared = []
     for name, change in changes.items():
-        for place, metric in enumerate(change.names):
-            value, reach = float(change.value[place]), errors * float(change.error[place])
+        reach = errors * change.error
+        ends = np.stack([change.value, change.value - reach, change.value + reach])
+        for metric, line in zip(change.names, ends.T, strict=True):
+            # The loss was compared by its logarithm.
+            value, lo, hi = map(float, np.expm1(line) if metric in LOSS.values() else line)
             margin = margins[metric]
-            harm = -value if metric in _RISING else value
+            least = -hi if metric in _RISING else lo
             found = Compared(
                 part=name,
                 metric=metric,
                 rows=int(masks[name].sum()),
                 users=change.users.size,
                 difference=value,
-                lo=value - reach,
-                hi=value + reach,
+                lo=lo,
+                hi=hi,
                 margin=-margin if metric in _RISING else margin,
-                passed=harm - reach <= margin,
+                passed=least <= margin,
             )
             compared.append(found)
     return compared, left_out
@@ -330,7 +332,10 @@ def _slices(
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """The K defined differences in a slice, and each of its U users' influence on them (U, K)."""
+    """The K defined differences in a slice, (K,), and its users' influence on them, (U, K).
+
+    That of the loss is of its logarithm: what small shares of it add up to.
+    """
 
     users: Ints
     names: list[str]
@@ -339,37 +344,34 @@ class _Change:
 
     @classmethod
     def between(cls, champion: Predictions, challenger: Predictions, users: Ints) -> _Change:
-        old, new = UserSums(champion), UserSums(challenger)
-        before, after = (side(np.ones(side.users)) for side in (old, new))
-        moves = [side.influence() for side in (old, new)]
-        at = {name: place for place, name in enumerate(new.names)}
-        loss, ratio = at[LOSS[challenger.task]], at["calibration"]
-        value, influence = after - before, moves[1] - moves[0]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            times = after[loss] / before[loss]
-            value[loss] = times - 1
-            influence[:, loss] = (moves[1][:, loss] - times * moves[0][:, loss]) / before[loss]
-            value[ratio] = np.subtract(*miscalibration(np.array([after[ratio], before[ratio]])))
-            influence[:, ratio] = np.subtract(
-                *(
-                    np.sign(np.log(side[ratio])) * move[:, ratio] / side[ratio]
-                    for side, move in ((after, moves[1]), (before, moves[0]))
-                )
-            )
-        kept = ["auc", "user_auc"] if challenger.task == "binary" else []
-        places = {LOSS[challenger.task]: loss, **{n: at[n] for n in kept}, "miscalibration": ratio}
-        known = [
-            name
-            for name, place in places.items()
-            if np.isfinite(value[place]) and np.isfinite(influence[:, place]).all()
-        ]
-        chosen = [places[name] for name in known]
-        return cls(users, known, value[chosen], influence[:, chosen])
+        old, new = _terms(champion), _terms(challenger)
+        moves = {name: (new[name][0] - old[name][0], new[name][1] - old[name][1]) for name in new}
+        known = [n for n, (value, own) in moves.items() if np.isfinite([value, *own]).all()]
+        influence = np.array([moves[name][1] for name in known]).reshape(len(known), users.size)
+        return cls(users, known, np.array([moves[name][0] for name in known]), influence.T)
 
     @property
     def error(self) -> Floats:
         """(K,) standard errors, as resampled users give them."""
         return np.asarray(np.sqrt(np.square(self.influence).sum(axis=0)))
+
+
+def _terms(predictions: Predictions) -> dict[str, tuple[float, Floats]]:
+    """What is compared in a slice, and each user's influence on it (U,); NaN where undefined."""
+    sums = UserSums(predictions)
+    values = sums(np.ones(sums.users))
+    found = dict(zip(sums.names, zip(values, sums.influence().T, strict=True), strict=True))
+    (loss, loss_by_user), (ratio, ratio_by_user) = (
+        found[LOSS[predictions.task]],
+        found["calibration"],
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithm = np.log(ratio)
+        return {
+            LOSS[predictions.task]: (np.log(loss), loss_by_user / loss),
+            **{name: found[name] for name in _RISING if name in found},
+            "miscalibration": (abs(logarithm), np.sign(logarithm) * ratio_by_user / ratio),
+        }
 
 
 def _errors_at_once(changes: list[_Change], users: int, config: EvaluationConfig) -> float:
