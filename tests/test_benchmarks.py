@@ -20,7 +20,9 @@ import fathom
 import forks
 from fathom.config import TrainingConfig
 from fathom.encoding import fit_encoder
+from fathom.evaluation import EvaluationConfig, Predictions
 from fathom.feature_store import to_arrow
+from fathom.gate import Compared, GateConfig, Verdict
 from small_ranker import SPEC, plain_frame
 
 ROOT = Path(__file__).parents[1]
@@ -216,3 +218,92 @@ def test_wide_parts_trains_and_measures_each(wide_parts: ModuleType, data: Path)
 def test_wide_parts_names_what_is_missing(wide_parts: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"05_model_input/train\.parquet, .*: kedro run$"):
         wide_parts.measure(tmp_path, TrainingConfig(), range(2))
+
+
+# -- gate.py -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gate(seeds: ModuleType) -> ModuleType:
+    """``benchmarks/gate.py``, which stands beside ``seeds.py``."""
+    return importlib.import_module("gate")
+
+
+def small_window(gate: ModuleType) -> Any:
+    """Four users with one, two, three and four rows; their places are 100 and on."""
+    user = np.array([7, 5, 5, 9, 9, 9, 2, 2, 2, 2])
+    rows = Predictions(np.tile([0.0, 1.0], 5), np.zeros(10), user, user)
+    return gate.Window(rows, {"even": np.arange(10) % 2 == 0}, 100 + np.arange(10))
+
+
+def test_a_draw_of_users_holds_all_rows_of_each_as_often_as_drawn(gate: ModuleType) -> None:
+    window, sizes = small_window(gate), []
+    for seed in range(50):
+        drawn = window.drawn(np.random.default_rng(seed))
+        assert drawn.rows.user.max() == 3, "as many users as there are"
+        for copy in range(4):
+            places = np.sort(drawn.place[drawn.rows.user == copy]) - 100
+            whose = np.unique(window.rows.user[places])
+            assert whose.size == 1
+            assert places.tolist() == np.flatnonzero(window.rows.user == whose[0]).tolist()
+        assert np.array_equal(drawn.masks["even"], drawn.place % 2 == 0)
+        assert np.array_equal(drawn.rows.label, window.rows.label[drawn.place - 100])
+        sizes.append(drawn.place.size)
+    assert 4 <= min(sizes) < 10 < max(sizes) <= 16
+
+
+def test_equal_models_change_sides_by_user_and_neither_more_often(gate: ModuleType) -> None:
+    window, first = small_window(gate), 0
+    plan = gate.equal(np.full(110, 0.25), np.full(110, 0.75))
+    for seed in range(400):
+        generator = np.random.default_rng(seed)
+        drawn = window.drawn(generator)
+        new, old, ruined = plan(drawn, generator)
+        assert ruined is None
+        assert np.array_equal(new + old, np.ones(drawn.place.size)), "each row has both"
+        for copy in range(4):
+            assert len(set(new[drawn.rows.user == copy])) == 1
+        first += new[0] == 0.25
+    assert 160 < first < 240  # half, within four binomial deviations
+
+
+@pytest.mark.parametrize("how", ["permuted", "base rate"])
+def test_one_slice_is_destroyed_and_nothing_else(gate: ModuleType, how: str) -> None:
+    window, scores = small_window(gate), np.linspace(0, 1, 110)
+    plan = gate.destroyed(scores, np.zeros(110), how, ["even"])
+    new, old, ruined = plan(window, np.random.default_rng(1))
+    even, was = window.masks["even"], scores[100:]
+    assert ruined == "even"
+    assert not old.any()
+    assert np.array_equal(new[~even], was[~even])
+    assert new[even].mean() == pytest.approx(was[even].mean())
+    assert not np.array_equal(new[even], was[even])
+    assert (len(set(new[even])) == 1) == (how == "base rate")
+    assert np.array_equal(scores, np.linspace(0, 1, 110)), "what was given stays as it is"
+
+
+def test_what_blocks_a_challenger_is_counted_by_metric_slice_or_bounds(gate: ModuleType) -> None:
+    def found(part: str | None, metric: str, passed: bool) -> Compared:
+        return Compared(part, metric, 10, 5, 0.0, 0.0, 0.0, 0.0, passed)
+
+    passed = [found(None, "logloss", True), found("even", "auc", True)]
+    failed = [found(None, "auc", False), found("a", "auc", False), found("b", "logloss", False)]
+    assert gate.causes(Verdict(True, [], passed)) == set()
+    assert gate.causes(Verdict(False, [], passed)) == {"bounds"}
+    assert gate.causes(Verdict(False, [], [*passed, *failed])) == {"auc", "slice"}
+
+
+def test_the_gate_is_judged_on_what_a_plan_makes(gate: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    truth = random.uniform(0.05, 0.95, 3000)
+    label, user = (random.random(3000) < truth).astype(float), np.arange(3000) % 60
+    window = gate.Window(Predictions(label, np.zeros(3000), user, user), {}, np.arange(3000))
+    settings = GateConfig(baselines=()), EvaluationConfig(resamples=20)
+    worse = np.clip(truth + random.normal(0, 0.3, 3000), 0.02, 0.98)
+    better = gate.judged(window, gate.fixed(truth, worse), 10, *settings)
+    assert (better["promoted"], better["share"], better["blocked_by"]) == (10, 1.0, {})
+    regressed = gate.judged(window, gate.fixed(worse, truth), 10, *settings)
+    assert (regressed["promoted"], regressed["blocked_by"]["logloss"]) == (0, 10)
+    assert (regressed["lo"], round(regressed["hi"], 3)) == (0.0, 0.278)
+    shown = gate.line(regressed | {"kind": "planted", "title": "x", "weeks": 4, "gain": -0.5})
+    assert "-0.50000      4     10      0.0%      0.0% … 27.8%" in shown

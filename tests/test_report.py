@@ -50,7 +50,11 @@ METRICS = {
     "popularity": {"rows": 5000, "auc": 0.897, "logloss": 0.326, "user_auc": None},
 }
 SLICES = {"metrics": {"new users": {"rows": 1200, "auc": 0.81}}, "left_out": {"display=Z": 7}}
-VERDICT = {"promoted": False, "reasons": ["pass: auc is enough", "fail: logloss is worse"]}
+VERDICT: dict[str, Any] = {
+    "promoted": False,
+    "reasons": ["pass: auc is enough", "fail: logloss is worse"],
+    "compared": [],
+}
 
 
 def ranker(spec: FeatureSpec = SPEC, **provenance: Any) -> Ranker:
@@ -125,7 +129,7 @@ def test_a_model_card_holds_the_figures():
     assert metrics_table(SLICES["metrics"]) in slices
     assert "Too small to tell: display=Z (7)." in slices
     gate = card.split("## Gate")[1].split("## Limits")[0].split()
-    assert " ".join(gate) == "Not promoted. - pass: auc is enough - fail: logloss is worse"
+    assert " ".join(gate) == "Refused. - pass: auc is enough - fail: logloss is worse"
 
 
 def test_a_model_card_without_crosses_wide_part_or_small_slices():
@@ -134,12 +138,20 @@ def test_a_model_card_without_crosses_wide_part_or_small_slices():
         ranker(spec, wide_zero_share=None),
         METRICS,
         {"metrics": {}, "left_out": {}},
-        {"promoted": True, "reasons": []},
+        {"promoted": True, "reasons": [], "compared": []},
     )
     assert "| wide weights that are zero | no wide part |" in card
     assert "crosses: none" in card
     assert "None.\n\nToo small to tell: none." in card
-    assert "\nPromoted.\n" in card
+    assert "\nPassed.\n" in card
+
+
+def test_a_model_card_shows_how_it_differs_from_the_champion():
+    lower = {"metric": "logloss", "difference": -0.01, "lo": -0.015, "hi": -0.005, "margin": 0.0}
+    found = {"part": None, "rows": 10, "users": 5, "passed": True, **lower}
+    card = model_card(ranker(), METRICS, SLICES, VERDICT | {"compared": [found]})
+    row = "| pass | logloss | -0.01000 | -0.01500 … -0.00500 | +0.00000 |"
+    assert row in card.split("## Gate")[1].split("## Limits")[0]
 
 
 # --- the closing table -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How good predictions are, how sure that is, and whether a challenger may become the champion.
+"""How good predictions are, and how sure that is.
 
 All metrics but the ECE are computed from sums over users and, for the AUC, from rows sorted once:
 a bootstrap that resamples users costs a few products and a cumulative sum per resample. Users are
@@ -13,14 +13,14 @@ Welsh (2007), "Bootstrapping clustered data"; ECE with bins of equal mass, Nixon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from fathom.config import Task
 
@@ -65,37 +65,6 @@ class EvaluationConfig(BaseModel):
     resamples: int = Field(default=300, ge=20, le=100_000)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     seed: int = Field(default=0, ge=0)
-
-
-class GateConfig(BaseModel):
-    """``params:gate``: what a challenger must show before it becomes the champion.
-
-    Args:
-        calibration_lo, calibration_hi: bounds of the sum predicted over the sum observed.
-        baselines: names of baselines to beat in loss (logloss or rmse) and AUC.
-        loss_margin: the challenger's loss may exceed the champion's by less than this: the upper
-            end of the interval of the difference counts. 0 asks for a proven improvement.
-        auc_margin: the same for a lower AUC.
-        slice_margin: in no slice may the loss exceed the champion's by more than this share.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    calibration_lo: float = Field(default=0.8, gt=0)
-    calibration_hi: float = Field(default=1.25, gt=0)
-    baselines: tuple[str, ...] = ("constant", "popularity")
-    loss_margin: float = Field(default=0.002, ge=0)
-    auc_margin: float = Field(default=0.002, ge=0)
-    slice_margin: float = Field(default=0.05, ge=0)
-
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> Self:
-        if self.calibration_lo >= self.calibration_hi:
-            raise ValueError(
-                f"calibration_lo {self.calibration_lo} must be below "
-                f"calibration_hi {self.calibration_hi}"
-            )
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,22 +168,6 @@ class Resampled:
     users: int
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A version of the model and its predictions on the test rows."""
-
-    version: str
-    predictions: Predictions
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the challenger is fit to be champion, and every check in words."""
-
-    promoted: bool
-    reasons: list[str]
-
-
 def metrics(predictions: Predictions) -> Metrics:
     """Measure predictions; ``row_weight`` counts except in ``rows`` and NDCG.
 
@@ -228,7 +181,7 @@ def metrics(predictions: Predictions) -> Metrics:
     positions: the expectation over all orders of the tie, so neither the row order nor a model
     that ties everything is favoured.
     """
-    totals = _UserSums(predictions)
+    totals = UserSums(predictions)
     found: Metrics = {"rows": predictions.label.size}
     values = totals(np.ones(totals.users))
     found |= {name: _defined(value) for name, value in zip(totals.names, values, strict=True)}
@@ -244,7 +197,7 @@ def slices(predictions: Predictions, masks: Mapping[str, Mask], min_rows: int = 
     Raises:
         EvaluationError: names every mask that is not boolean or not (N,).
     """
-    rows = _mask_rows(predictions, masks)
+    rows = mask_rows(predictions, masks)
     kept = {name: mask for name, mask in masks.items() if rows[name] >= max(min_rows, 1)}
     return Slices(
         metrics={name: metrics(predictions.where(mask)) for name, mask in kept.items()},
@@ -272,7 +225,8 @@ def paired_interval(
 
     Both models are measured on the same resampled users, so what makes a user hard to predict
     cancels. The interval is the central ``confidence`` of the resampled differences (percentile
-    method). ECE is not compared: resampling biases it upwards.
+    method). ECE is not compared: resampling biases it upwards. ``miscalibration``, the absolute
+    logarithm of the calibration, is: 0 is best and twice too much as bad as half.
 
     Returns:
         an interval per metric; None where the metric is undefined or there is a single user.
@@ -282,11 +236,25 @@ def paired_interval(
     """
     _check_same_rows(champion, challenger)
     old, new = resampled(champion, config), resampled(challenger, config)
-    everyone, draws = new.everyone - old.everyone, new.draws - old.draws
+    at = new.names.index("calibration")
+
+    def values(side: Floats) -> Floats:
+        return np.concatenate([side, miscalibration(side[..., at : at + 1])], axis=-1)
+
+    everyone = values(new.everyone) - values(old.everyone)
+    draws = values(new.draws) - values(old.draws)
+    names = [*new.names, "miscalibration"]
     return {
         name: interval(value, drawn, config) if new.users > 1 else None
-        for name, value, drawn in zip(new.names, everyone, draws.T, strict=True)
+        for name, value, drawn in zip(names, everyone, draws.T, strict=True)
     }
+
+
+def miscalibration(calibration: Floats) -> Floats:
+    """How far sums predicted are from those observed, as ``|log|``; NaN where not above 0."""
+    found = np.full(calibration.shape, np.nan)
+    np.log(calibration, out=found, where=calibration > 0)
+    return np.asarray(np.abs(found))
 
 
 def resampled(predictions: Predictions, config: EvaluationConfig) -> Resampled:
@@ -295,7 +263,7 @@ def resampled(predictions: Predictions, config: EvaluationConfig) -> Resampled:
     The draws follow from ``config`` and the number of users. So predictions of the same rows are
     measured on the same users, and whatever is computed of their metrics is paired.
     """
-    totals = _UserSums(predictions)
+    totals = UserSums(predictions)
     users = totals.users
     generator = np.random.default_rng(config.seed)
     draws = np.empty((config.resamples, len(totals.names)))
@@ -315,125 +283,7 @@ def interval(difference: float, draws: Floats, config: EvaluationConfig) -> Inte
     return Interval(float(difference), float(lo), float(hi))
 
 
-def gate(
-    challenger: Candidate,
-    champion: Candidate | None,
-    baselines: Mapping[str, Metrics],
-    masks: Mapping[str, Mask],
-    config: GateConfig,
-    evaluation: EvaluationConfig,
-) -> Verdict:
-    """Decide whether the challenger becomes the champion.
-
-    It must have defined metrics and calibration within bounds, and beat the named baselines.
-    Against a champion it must also be non-inferior: no worse by more than a margin at the
-    unfavourable end of the interval, overall, and as measured in every slice. An equally good
-    challenger is promoted, since it has seen newer data. The champion itself passes at once.
-
-    Args:
-        champion: the current one on the same rows; None lets the absolute bounds decide alone.
-        baselines: `metrics` of each baseline on the same rows.
-        masks: slice name → rows (N,).
-
-    Returns:
-        the verdict with one reason for every check, passed or failed.
-
-    Raises:
-        EvaluationError: champion and challenger differ in rows, or a mask does not fit them.
-    """
-    if champion is not None and champion.version == challenger.version:
-        reason = f"pass: version {challenger.version} is already champion; nothing to compare"
-        return Verdict(True, [reason])
-    task = challenger.predictions.task
-    measured = metrics(challenger.predictions)
-    checks = [*_absolute(measured, task, config), *_against_baselines(measured, baselines, config)]
-    if champion is None:
-        checks.append((True, "there is no champion yet: the absolute bounds decide alone"))
-    else:
-        intervals = paired_interval(champion.predictions, challenger.predictions, evaluation)
-        checks += _non_inferior(intervals, config)
-        sides = (challenger.predictions, champion.predictions)
-        checks += _in_slices(*sides, masks, config, evaluation.min_slice_rows)
-    reasons = [f"{'pass' if passed else 'fail'}: {text}" for passed, text in checks]
-    return Verdict(all(passed for passed, _ in checks), reasons)
-
-
-_Check = tuple[bool, str]
-
-
-def _absolute(measured: Metrics, task: Task, config: GateConfig) -> Iterator[_Check]:
-    needed = [LOSS[task], "calibration"] + (["auc"] if task == "binary" else [])
-    undefined = [name for name in needed if measured[name] is None]
-    if undefined:
-        reason = "the test rows hold a single outcome or labels that sum to 0"
-        yield False, f"{', '.join(undefined)} undefined: {reason}"
-    else:
-        shown = ", ".join(f"{name} {measured[name]:.5f}" for name in needed)
-        yield True, f"metrics are defined: {shown}"
-    ratio, bounds = measured["calibration"], f"[{config.calibration_lo}, {config.calibration_hi}]"
-    if ratio is not None:
-        within = config.calibration_lo <= ratio <= config.calibration_hi
-        yield within, f"calibration {ratio:.4f} is {'within' if within else 'outside'} {bounds}"
-
-
-def _against_baselines(
-    measured: Metrics, baselines: Mapping[str, Metrics], config: GateConfig
-) -> Iterator[_Check]:
-    for baseline in config.baselines:
-        if baseline not in baselines:
-            known = ", ".join(baselines) or "none"
-            yield False, f"baseline {baseline} was not measured; measured: {known}"
-            continue
-        for name in sorted(measured.keys() & {"logloss", "rmse", "auc"}):
-            ours, theirs = measured[name], baselines[baseline].get(name)
-            if ours is None or theirs is None:
-                yield False, f"{name} {ours} against {baseline}'s {theirs}: undefined"
-                continue
-            beaten = ours > theirs if name == "auc" else ours < theirs
-            relation = "beats" if beaten else "does not beat"
-            yield beaten, f"{name} {ours:.5f} {relation} {baseline}'s {theirs:.5f}"
-
-
-def _non_inferior(intervals: Mapping[str, Interval | None], config: GateConfig) -> Iterator[_Check]:
-    loss, auc = config.loss_margin, config.auc_margin
-    for name, sign, margin in (("logloss", 1, loss), ("rmse", 1, loss), ("auc", -1, auc)):
-        interval = intervals.get(name)
-        if interval is not None:
-            worst = interval.hi if sign > 0 else interval.lo
-            text = f"{name} differs from the champion's by {interval.difference:+.5f}, at worst by"
-            yield sign * worst < margin, f"{text} {worst:+.5f}; the margin is {sign * margin:+.5f}"
-        elif name in intervals:
-            yield False, f"{name} against the champion is undefined: needs 2 users and 2 outcomes"
-
-
-def _in_slices(
-    challenger: Predictions,
-    champion: Predictions,
-    masks: Mapping[str, Mask],
-    config: GateConfig,
-    min_rows: int,
-) -> Iterator[_Check]:
-    """One failed check per slice that got worse, or one passed check for all of them."""
-    name, margin = LOSS[challenger.task], f"the margin is {config.slice_margin:+.1%}"
-    rows = _mask_rows(challenger, masks)
-    excess = {}
-    for part in (part for part in masks if rows[part] >= min_rows):
-        ours, theirs = _loss(challenger.where(masks[part])), _loss(champion.where(masks[part]))
-        excess[part] = (ours - theirs) / max(theirs, CLIP)
-        if excess[part] > config.slice_margin:
-            text = f"slice {part} ({rows[part]} rows): {name} {ours:.5f} against the champion's"
-            yield False, f"{text} {theirs:.5f} is {excess[part]:+.1%}; {margin}"
-    small = ", ".join(f"{part} ({rows[part]})" for part in masks if part not in excess)
-    left_out = f"; left out for fewer than {min_rows} rows: {small}" if small else ""
-    worst = max(excess, key=lambda part: excess[part], default=None)
-    if worst is None:
-        yield True, f"no slice to compare{left_out}"
-    elif excess[worst] <= config.slice_margin:
-        text = f"{name} against the champion's in the worst of {len(excess)} slices, {worst}, is"
-        yield True, f"{text} {excess[worst]:+.1%}; {margin}{left_out}"
-
-
-class _UserSums:
+class UserSums:
     """The metrics as a function of how often each user counts.
 
     Args of a call: (U,) counts, 1 for everyone or a resample's. Returns (K,) values in the order
@@ -441,15 +291,16 @@ class _UserSums:
     """
 
     def __init__(self, predictions: Predictions) -> None:
-        self._user, self._weight = predictions.user_code, predictions.row_weight
+        self._of, self._user = predictions, predictions.user_code
+        self._weight = predictions.row_weight
         self.users = int(self._user.max()) + 1
         ratios = _ratios(predictions, self.users)
         self._numerators, self._denominators = np.stack(list(ratios.values()), axis=1)
         self.names = list(ratios)
+        self._together = np.zeros_like(self._user)
         self._pairs: _Pairs | None = None
         if predictions.task == "binary":
-            together = np.zeros_like(self._user)
-            self._pairs = _Pairs.of(predictions.label, predictions.probability, together)
+            self._pairs = _Pairs.of(predictions.label, predictions.probability, self._together)
             self.names.insert(0, "auc")
 
     def __call__(self, counts: Floats) -> Floats:
@@ -461,6 +312,35 @@ class _UserSums:
         mass = weight[self._pairs.positive].sum() * weight[self._pairs.negative].sum()
         auc = self._pairs.won(weight).sum() / mass if mass else np.nan
         return np.concatenate(([auc], values))
+
+    def influence(self) -> Floats:
+        """(U, K) derivatives of the values by each user's count, at 1 for everyone.
+
+        To first order a resample changes the values by its counts @ these, so that many slices
+        are resampled at the price of a product. Those of the AUC are the clustered ones of
+        Obuchowski (1997), "Nonparametric analysis of clustered ROC curve data".
+        """
+        total = self._denominators.sum(axis=1, keepdims=True)
+        ratio = _divide(self._numerators.sum(axis=1, keepdims=True), total)
+        parts = _divide(self._numerators - ratio * self._denominators, total)
+        if self._pairs is None:
+            rmse = self.names.index("rmse")
+            parts[rmse] = _divide(parts[rmse], 2 * ratio[rmse] ** 0.5)  # of a square root
+            return parts.T
+        return np.column_stack([self._auc_influence(self._pairs), parts.T])
+
+    def _auc_influence(self, pairs: _Pairs) -> Floats:
+        of, weight, user = self._of, self._weight, self._user
+        mirrored = _Pairs.of(1 - of.label, -of.probability, self._together)
+        won, lost = pairs.won(weight), mirrored.won(weight)
+        decided = _sums(user[pairs.positive], won, self.users)
+        decided += _sums(user[mirrored.positive], lost, self.users)
+        positives = _sums(user, weight * of.label, self.users)
+        negatives = _sums(user, weight * (1 - of.label), self.users)
+        mass = np.array([positives.sum() * negatives.sum()])
+        auc = _divide(won.sum(keepdims=True), mass)
+        shares = positives * negatives.sum() + negatives * positives.sum()
+        return _divide(decided - auc * shares, mass)
 
 
 @dataclass(frozen=True, eq=False)
@@ -563,11 +443,6 @@ def _row_loss(predictions: Predictions) -> Floats:
     return -(y * np.log(p) + (1 - y) * np.log1p(-p))
 
 
-def _loss(predictions: Predictions) -> float:
-    loss = float(np.average(_row_loss(predictions), weights=predictions.row_weight))
-    return loss**0.5 if predictions.task == "regression" else loss
-
-
 def _bins(predictions: Predictions, bins: int) -> tuple[Floats, Floats, Floats, Ints]:
     """Mass, weighted sum predicted, weighted sum observed and rows of each bin that is filled.
 
@@ -595,6 +470,7 @@ def _sums(group: Ints, values: Floats, groups: int) -> Floats:
 
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:
+    """Their quotient, NaN where the denominator is 0; it may be broadcast."""
     quotient = np.full(numerator.shape, np.nan)
     np.divide(numerator, denominator, out=quotient, where=denominator != 0)
     return quotient
@@ -624,7 +500,7 @@ def _fault(name: str, values: Floats, bad: Mask, rule: str) -> list[str]:
     return [f"{name}: {rows.size} of {values.size} values are {rule}; {first}"]
 
 
-def _mask_rows(predictions: Predictions, masks: Mapping[str, Mask]) -> dict[str, int]:
+def mask_rows(predictions: Predictions, masks: Mapping[str, Mask]) -> dict[str, int]:
     shape = predictions.label.shape
     faults = [
         f"{name}: {mask.dtype} of shape {mask.shape}; give bool of shape {shape}"

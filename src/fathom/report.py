@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fathom import verdict
+
 if TYPE_CHECKING:
     from fathom.ranker import Ranker
 
@@ -16,17 +18,20 @@ def model_card(
     candidate: Ranker,
     metrics: Mapping[str, Any],
     slices: Mapping[str, Any],
-    verdict: Mapping[str, Any],
+    judgement: Mapping[str, Any],
 ) -> str:
     """A ranker described for people, in Markdown.
 
     Args:
         metrics: by model, on the test window. slices: the candidate's, by slice.
-        verdict: of the gate.
+        judgement: of the gate; how the Bento fares is known only after the card is packed.
     """
     spec, made = candidate.spec, candidate.provenance
     crosses = ", ".join(f"`{cross.name}`" for cross in spec.crosses) or "none"
-    reasons = "\n".join(f"- {reason}" for reason in verdict["reasons"])
+    reasons = "\n".join(f"- {reason}" for reason in judgement["reasons"])
+    compared = "\n\n".join(
+        f"{s.said}\n\n{verdict.table(s)}" for s in verdict.comparisons(judgement)
+    )
     left_out = ", ".join(f"{name} ({rows})" for name, rows in slices["left_out"].items()) or "none"
     return f"""# Model card: ranker {candidate.version}
 
@@ -65,9 +70,11 @@ Too small to tell: {left_out}.
 
 ## Gate
 
-{"Promoted." if verdict["promoted"] else "Not promoted."}
+{"Passed." if judgement["promoted"] else "Refused."}
 
 {reasons}
+
+{compared}
 
 ## Limits
 

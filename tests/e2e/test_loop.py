@@ -81,7 +81,7 @@ def test_the_closing_table_says_the_same(run, summary):
 
 
 def test_pages_are_self_contained(run):
-    for page in ("validation.html", "drift.html"):
+    for page in ("validation.html", "drift.html", "verdict.html"):
         text = (run[0].folder / "data/test/08_reporting" / page).read_text(encoding="utf-8")
         assert "<script src" not in text
         assert 'rel="stylesheet" href="http' not in text
@@ -98,7 +98,7 @@ def test_the_champion_scores_alone_what_was_scored_in_training(run):
     ranker = Ranker.load(folder)
     scores = ranker.score(frame_of_rows(golden["rows"], ranker.spec))
     np.testing.assert_allclose(scores, golden["probabilities"], atol=TOLERANCE, rtol=0)
-    assert project.json("06_models/bento.json")["dry_run"]["max_difference"] <= TOLERANCE
+    assert project.json("06_models/dry_run.json")["max_difference"] <= TOLERANCE
 
 
 def _again(project, *arguments: str) -> tuple[dict, set[str]]:

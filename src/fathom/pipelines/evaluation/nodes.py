@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fathom.baselines import BaselinesConfig
-from fathom.evaluation import EvaluationConfig, GateConfig
+from fathom.evaluation import EvaluationConfig
+from fathom.gate import GateConfig
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
 
 if TYPE_CHECKING:
@@ -149,14 +150,27 @@ def evaluate(
     """
     from fathom import evaluation
 
-    test = _test_predictions(predictions, spec)
-    measured = {"candidate": evaluation.metrics(test)}
-    others = {f"champion {name}": s for name, s in _champion(champion_predictions).items()}
+    window, scores = _test_window(predictions, spec)
+    sides = {"candidate": scores}
+    sides |= {f"champion {name}": s for name, s in _champion(champion_predictions).items()}
     baselines = baseline_predictions.to_pyarrow()
-    others |= {name: baselines[name].to_numpy() for name in baselines.column_names}
-    for name, scores in others.items():
-        measured[name] = evaluation.metrics(dataclasses.replace(test, probability=scores))
-    found = evaluation.slices(test, _masks(train_frame, test_frame, spec), config.min_slice_rows)
+    sides |= {name: baselines[name].to_numpy() for name in baselines.column_names}
+    usable = {}
+    for name, values in sides.items():
+        try:
+            usable[name] = dataclasses.replace(window, probability=values)
+        except evaluation.EvaluationError as error:  # for the gate to refuse; the loop goes on
+            log.error("%s cannot be measured: %s", name, error)
+    measured = {
+        name: evaluation.metrics(usable[name]) if name in usable else {"rows": len(values)}
+        for name, values in sides.items()
+    }
+    if "candidate" not in usable:
+        return measured, {"metrics": {}, "left_out": {}}, []
+    test = usable["candidate"]
+    found = evaluation.slices(
+        test, slice_masks(train_frame, test_frame, spec), config.min_slice_rows
+    )
     return measured, dataclasses.asdict(found), evaluation.reliability(test)
 
 
@@ -168,30 +182,42 @@ def judge(
     train_frame: Table,
     test_frame: Table,
     spec: FeatureSpec,
-    gate: GateConfig,
-    config: EvaluationConfig,
+    config: GateConfig,
+    evaluation: EvaluationConfig,
 ) -> dict[str, Any]:
     """Let the gate decide whether the candidate may become the champion.
 
     Returns:
-        ``promoted`` and ``reasons``, one for every check.
+        `fathom.gate.Verdict`, and who challenged whom (``challenger``, ``champion``) on which
+        ``window`` (``from``, ``to``, ``rows``, ``users``).
     """
-    from fathom import evaluation
+    from fathom.gate import Candidate, gate
 
-    test = _test_predictions(predictions, spec)
-    champion = None
-    for version, scores in _champion(champion_predictions).items():
-        old = dataclasses.replace(test, probability=scores)
-        champion = evaluation.Candidate(version, old)
-    verdict = evaluation.gate(
-        evaluation.Candidate(candidate.version, test),
+    window, scores = _test_window(predictions, spec)
+    champions = [Candidate(*side) for side in _champion(champion_predictions).items()]
+    champion = champions[0] if champions else None
+    verdict = gate(
+        window,
+        Candidate(candidate.version, scores),
         champion,
-        {name: values for name, values in metrics.items() if name in gate.baselines},
-        _masks(train_frame, test_frame, spec),
-        gate,
+        {name: values for name, values in metrics.items() if name in config.baselines},
+        slice_masks(train_frame, test_frame, spec),
         config,
+        evaluation,
     )
-    return dataclasses.asdict(verdict)
+    moment = test_frame[EVENT_TIMESTAMP]
+    ends = test_frame.agg(first=moment.min(), last=moment.max()).to_pyarrow().to_pylist()[0]
+    return {
+        **dataclasses.asdict(verdict),
+        "challenger": candidate.version,
+        "champion": champion.version if champion else None,
+        "window": {
+            "from": ends["first"].isoformat(),
+            "to": ends["last"].isoformat(),
+            "rows": window.label.size,
+            "users": int(window.user_code.max()) + 1,
+        },
+    }
 
 
 def plot_calibration(calibration_points: list[dict[str, float]]) -> Any:
@@ -257,7 +283,8 @@ def _label(rows: Table, spec: FeatureSpec) -> Any:
     return values if spec.label.values is None else values == spec.label.values[-1]
 
 
-def _test_predictions(predictions: Table, spec: FeatureSpec) -> Predictions:
+def _test_window(predictions: Table, spec: FeatureSpec) -> tuple[Predictions, Any]:
+    """The test rows with no predictions yet (all 0), and the candidate's as they came."""
     from fathom.evaluation import Predictions
 
     rows = predictions.filter(predictions["split"] == "test")
@@ -267,13 +294,14 @@ def _test_predictions(predictions: Table, spec: FeatureSpec) -> Predictions:
         encoded = table[name].combine_chunks().dictionary_encode()
         return encoded.indices.to_numpy().astype(np.int64)
 
-    return Predictions(
+    window = Predictions(
         label=np.asarray(_label(rows, spec), np.float64),
-        probability=table["probability"].to_numpy(),
+        probability=np.zeros(len(table)),
         user=codes(spec.entities.user),
         request=codes(spec.entities.request),
         task=spec.task,
     )
+    return window, table["probability"].to_numpy()
 
 
 def _champion(champion_predictions: Table) -> dict[str, Any]:
@@ -282,7 +310,7 @@ def _champion(champion_predictions: Table) -> dict[str, Any]:
     return {read["version"][0].as_py(): read["probability"].to_numpy()} if len(read) else {}
 
 
-def _masks(train_frame: Table, test_frame: Table, spec: FeatureSpec) -> dict[str, Any]:
+def slice_masks(train_frame: Table, test_frame: Table, spec: FeatureSpec) -> dict[str, Any]:
     """New users, new items, and each common value of each context column, as masks of the test."""
     context = [c.name for c in spec.raw_columns("context") if c.kind == "categorical"]
     names = [spec.entities.user, spec.entities.item, *context]

@@ -93,7 +93,7 @@ def create_pipeline() -> Pipeline:
                     "params:gate",
                     "params:evaluation",
                 ],
-                outputs="verdict",
+                outputs="judgement",
                 tags="evaluation",
             ),
             Node(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import logging
 import os
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +26,14 @@ else:
 
 
 class ReleaseConfig(BaseModel):
-    """What travels with a ranker (``params:release``).
+    """What travels with a ranker, and how fast it must answer (``params:release``).
 
     Args:
         golden_rows: recorded test rows that every copy of the ranker must score alike.
         reference_rows: about so many validation rows, of whole requests, that drift is measured
             against.
         seed: of the recorded rows' sample.
+        max_p99_ms: 99 in 100 golden requests must be answered within this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -37,15 +41,19 @@ class ReleaseConfig(BaseModel):
     golden_rows: int = Field(default=64, ge=1, le=10_000)
     reference_rows: int = Field(default=20_000, ge=100)
     seed: int = Field(default=0, ge=0)
+    max_p99_ms: float = Field(default=500.0, gt=0)
+
+
+log = logging.getLogger(__name__)
 
 
 def write_card(
-    candidate: Ranker, metrics: dict[str, Any], slices: dict[str, Any], verdict: dict[str, Any]
+    candidate: Ranker, metrics: dict[str, Any], slices: dict[str, Any], judgement: dict[str, Any]
 ) -> str:
     """The model card, in Markdown."""
     from fathom.report import model_card
 
-    return model_card(candidate, metrics, slices, verdict)
+    return model_card(candidate, metrics, slices, judgement)
 
 
 def register(
@@ -96,16 +104,13 @@ def register(
 
 
 def package(registered: dict[str, Any], bentofile: str, registry: str) -> dict[str, Any]:
-    """Build the version's Bento, run it as a process, and compare its answers.
+    """Build the version's Bento.
 
     Args:
         bentofile: what is packed; a change of it is a reason to pack again.
 
     Returns:
-        The Bento's tag and what the dry run found, as a receipt for BentoML's files.
-
-    Raises:
-        DryRunError: the built Bento does not start, or does not score as in training.
+        The Bento's tag and the model's, as a receipt for BentoML's files.
     """
     from fathom import packaging
     from fathom.registry import Registry
@@ -113,14 +118,63 @@ def package(registered: dict[str, Any], bentofile: str, registry: str) -> dict[s
     folder = Registry(Path(registry)).path(registered["version"])
     tag = packaging.import_ranker(folder, registered["version"])
     bento = packaging.build_bento(tag, Path.cwd())
-    golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-    found = packaging.dry_run(bento, golden)
     return {
         "tag": bento,
         "model": tag,
-        "dry_run": {"max_difference": found.max_difference},
         "covers": [_stored("models", tag), _stored("bentos", bento)],
     }
+
+
+def dry_run(registered: dict[str, Any], bento: dict[str, Any], registry: str) -> dict[str, Any]:
+    """Run the Bento as a process, compare its answers with the golden ones and time them.
+
+    Returns:
+        `fathom.packaging.DryRun`; or a ``fault``, for which the verdict refuses the version, in a
+        receipt that has expired, so that the next run tries again.
+    """
+    from fathom import packaging
+    from fathom.registry import Registry
+
+    folder = Registry(Path(registry)).path(registered["version"])
+    golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+    try:
+        return dataclasses.asdict(packaging.dry_run(bento["tag"], golden))
+    except packaging.DryRunError as error:
+        log.error("the dry run failed: %s", error)
+        fault = str(error).partition("\n")[0].rstrip(":")
+        return {"fault": fault, "expires": datetime.now(timezone.utc).isoformat()}
+
+
+def conclude(
+    judgement: dict[str, Any], dry_run: dict[str, Any], config: ReleaseConfig
+) -> tuple[dict[str, Any], str, str]:
+    """Join what the gate and the dry run say, and write it down.
+
+    Returns:
+        The gate's verdict with the Bento's checks added; the same as Markdown and as a page.
+    """
+    from fathom import verdict
+
+    bound = f"{config.max_p99_ms:g} ms"
+    if fault := dry_run.get("fault"):
+        checks = [f"fail: the built Bento failed its dry run: {fault}"]
+    else:
+        checks = ["pass: the built Bento answers as in training"]
+        # A time that is in order is not told: it would be another one in every run.
+        checks.append(
+            f"pass: it answers 99 in 100 golden requests within {bound}"
+            if dry_run["p99_ms"] <= config.max_p99_ms
+            else f"fail: it answers 99 in 100 golden requests within {dry_run['p99_ms']:.1f} ms "
+            f"only; release.max_p99_ms allows {bound}"
+        )
+    passed = judgement["promoted"] and all(check.startswith("pass") for check in checks)
+    found = judgement | {
+        "promoted": passed,
+        "reasons": [*judgement["reasons"], *checks],
+        "dry_run": dry_run,
+        "max_p99_ms": config.max_p99_ms,
+    }
+    return found, verdict.text(found), verdict.page(found)
 
 
 def promote(

@@ -3,6 +3,8 @@
 from kedro.pipeline import Node, Pipeline
 
 from fathom.pipelines.release.nodes import (
+    conclude,
+    dry_run,
     package,
     promote,
     publish_embeddings,
@@ -18,7 +20,7 @@ def create_pipeline() -> Pipeline:
             Node(
                 write_card,
                 name="write_card",
-                inputs=["candidate", "metrics", "slices", "verdict"],
+                inputs=["candidate", "metrics", "slices", "judgement"],
                 outputs="model_card",
                 tags="release",
             ),
@@ -43,6 +45,20 @@ def create_pipeline() -> Pipeline:
                 name="package",
                 inputs=["registered", "bentofile", "params:registry"],
                 outputs="bento",
+                tags="release",
+            ),
+            Node(
+                dry_run,
+                name="dry_run",
+                inputs=["registered", "bento", "params:registry"],
+                outputs="dry_run",
+                tags="release",
+            ),
+            Node(
+                conclude,
+                name="conclude",
+                inputs=["judgement", "dry_run", "params:release"],
+                outputs=["verdict", "verdict_text", "verdict_page"],
                 tags="release",
             ),
             Node(
