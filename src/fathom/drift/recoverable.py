@@ -116,7 +116,7 @@ def _corrections(
         held = np.zeros(bins)
         for (g1, h1), (g2, h2) in (((g, h), (g_other, h_other)), ((g_other, h_other), (g, h))):
             learnt = g1 / (h1 + penalty)
-            held += g2 * learnt - h2 * learnt**2 / 2
+            held = np.asarray(held + g2 * learnt - h2 * learnt**2 / 2, np.float64)
         both = h + h_other
         explained = (g + g_other) ** 2 / (both + penalty) / 2 - both / (both + penalty)
         gains = np.minimum(
