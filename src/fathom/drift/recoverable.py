@@ -116,7 +116,7 @@ def _corrections(
         held = np.zeros(bins)
         for (g1, h1), (g2, h2) in (((g, h), (g_other, h_other)), ((g_other, h_other), (g, h))):
             learnt = g1 / (h1 + penalty)
-            held = np.asarray(held + g2 * learnt - h2 * learnt**2 / 2, np.float64)
+            held += g2 * learnt - h2 * learnt**2 / 2
         both = h + h_other
         explained = (g + g_other) ** 2 / (both + penalty) / 2 - both / (both + penalty)
         gains = np.minimum(
@@ -128,9 +128,9 @@ def _corrections(
         correction = np.zeros(bins)
         for _ in range(_NEWTON_STEPS):
             gradient, curvature = _derivatives(logit + correction[table[best]], label, task, scale)
-            g = np.bincount(table[best], gradient, bins) - penalty * correction
-            h = np.bincount(table[best], curvature, bins) + penalty
-            correction = correction + g / h
+            slope = np.bincount(table[best], gradient, bins) - penalty * correction
+            bend = np.bincount(table[best], curvature, bins) + penalty
+            correction = correction + slope / bend
         correction[column_of != best] = 0.0
         taken.append((best, correction))
         logit = logit + correction[table[best]]
