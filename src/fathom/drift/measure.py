@@ -125,7 +125,7 @@ def measure(
         raise MonitoringError(found)
     rows = {"reference": len(reference.day), "current": len(current)}
     few = tuple(
-        f"data: {side} has {n} rows, fewer than min_rows {config.min_rows}: no verdict"
+        f"{side} has {n} rows, fewer than min_rows {config.min_rows}: no verdict"
         for side, n in rows.items()
         if n < config.min_rows
     )
