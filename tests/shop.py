@@ -106,7 +106,7 @@ def changed(frame: pd.DataFrame, seed: int = 5, share: float = 1.0, **columns: A
     result = frame.copy()
     for name, values in columns.items():
         column = values if isinstance(values, pd.Series | list) else [values] * len(frame)
-        column = pd.Series(column, index=frame.index, dtype=object if name != "price" else None)
+        column = pd.Series(column, index=frame.index, dtype=frame[name].dtype)
         result[name] = result[name].where(~rows, column)
     return result
 
