@@ -140,6 +140,13 @@ def test_what_can_be_won_back_is_found_where_it_is() -> None:
     assert won.excess == won.share - won.usual > 0.003
 
 
+def test_a_shift_of_all_predictions_is_of_no_column_that_is_all_alike() -> None:
+    won = watch(NOW.assign(product=None, probability=NOW["probability"] ** 0.5)).won
+    assert won is not None
+    assert next(iter(won.columns)) == "(all rows)"
+    assert "product" not in won.columns
+
+
 @pytest.mark.parametrize(
     ("bought", "causes"),
     [

@@ -98,8 +98,9 @@ class Labelled:
     def recoverable(self, codes: Mapping[str, Codes], within: Codes | None = None) -> Recoverable:
         """What could be won back of these rows' loss, or of those at ``within`` (of the L)."""
         chosen = np.arange(len(self.rows)) if within is None else within
-        columns = {name: column[self.rows[chosen]] for name, column in codes.items()}
-        columns[EVERYWHERE] = np.zeros(len(chosen), np.int64)
+        # First, so that of a column that is all alike it takes the credit.
+        columns = {EVERYWHERE: np.zeros(len(chosen), np.int64)}
+        columns |= {name: column[self.rows[chosen]] for name, column in codes.items()}
         return recoverable(
             columns, self.logit[chosen], self.label[chosen], self.half[chosen], self.task
         )
