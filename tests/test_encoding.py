@@ -298,6 +298,35 @@ def test_a_mixed_cross_is_the_product_of_what_is_not_missing(rows: list[Any]) ->
     assert crossed.values.tolist() == cross_keys([keys(*part) for part in parts]).tolist()
 
 
+def test_hits_are_the_share_of_a_rows_combinations_that_training_knew() -> None:
+    hits = fit_encoder(frame(), SPEC).cross_hits(
+        {
+            "user_id": texts("u1", "u1", "u2", None),
+            "genre": texts("tea", "milk", "tea", "tea"),
+            "tags": Ragged.of([["hot"], ["strange"], [], ["hot"]]),
+            "price": np.array([0.5, 5.0, 0.5, NAN], np.float32),
+            "visits": np.zeros(4, np.float32),
+            "recent": Ragged.of([["tea"], ["milk", "tea"], [], ["strange", "tea"]]),
+        }
+    )
+    expected = {
+        # u1 was shown tea and never milk, u2 milk and never tea
+        "user_id_x_genre": [1, 0, 0, NAN],
+        # of what came before tea, training saw tea and milk
+        "recent_x_genre": [1, 1, NAN, 0.5],
+        # hashed: there is a bucket for everything
+        "price_x_tags": [1, 1, NAN, NAN],
+    }
+    assert hits.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(hits[name], values, err_msg=name)
+
+
+def test_without_crosses_there_are_no_hits() -> None:
+    plain = SPEC.model_copy(update={"crosses": ()})
+    assert fit_encoder(frame(), plain).cross_hits(frame()) == {}
+
+
 def test_numbers_are_bucketed_before_they_are_crossed() -> None:
     one = frame(price=np.array([5.0] * 6, np.float32))
     other = frame(price=np.array([9.0] * 6, np.float32))

@@ -520,11 +520,13 @@ class Encoder:
         for name, rows, bag in self.slots:
             ids = next(bags) if bag else next(single)
             if name in self.crosses:
-                values = ids.values if isinstance(ids, Ragged) else ids
-                known = (values - start >= FIRST_KNOWN).astype(np.float64)
+                values = (ids.values if isinstance(ids, Ragged) else ids) - start
+                known = (values >= FIRST_KNOWN).astype(np.float64)
                 if isinstance(ids, Ragged):
                     total = np.bincount(ids.rows, known, len(ids))
                     known = np.where(ids.lengths > 0, total / np.maximum(ids.lengths, 1), np.nan)
+                else:
+                    known[values == MISSING] = np.nan
                 found[name] = known
             start += rows
         return found

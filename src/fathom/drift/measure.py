@@ -129,7 +129,7 @@ def measure(
     total = len(current) if total is None else total
     rows = {"reference": len(reference.day), "current": total, "sampled": len(current)}
     few = tuple(
-        f"data: {side} has {n} rows, fewer than min_rows {config.min_rows}: no verdict"
+        f"{side} has {n} rows, fewer than min_rows {config.min_rows}: no verdict"
         for side, n in (("reference", len(reference.day)), ("current", total))
         if n < config.min_rows
     )

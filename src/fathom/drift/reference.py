@@ -98,8 +98,9 @@ class Labelled:
     def recoverable(self, codes: Mapping[str, Codes], within: Codes | None = None) -> Recoverable:
         """What could be won back of these rows' loss, or of those at ``within`` (of the L)."""
         chosen = np.arange(len(self.rows)) if within is None else within
-        columns = {name: column[self.rows[chosen]] for name, column in codes.items()}
-        columns[EVERYWHERE] = np.zeros(len(chosen), np.int64)
+        # First, so that of a column that is all alike it takes the credit.
+        columns = {EVERYWHERE: np.zeros(len(chosen), np.int64)}
+        columns |= {name: column[self.rows[chosen]] for name, column in codes.items()}
         return recoverable(
             columns, self.logit[chosen], self.label[chosen], self.fold[chosen], self.task
         )
@@ -270,9 +271,10 @@ class Reference:
                     within = np.sort(draw.choice(within, labelled, replace=False))
                 won.append(self.labelled.recoverable(self.codes, within).share)
         level = 1 - (1 - self.config.confidence) / max(len(names), 1)
+        orders = np.array([2 if self.forms[name].method == "psi" else 1 for name in names])
         usual = Usual(
-            dict(zip(names, _highest(distances, level), strict=True)),
-            dict(zip(names, _highest(shares, level), strict=True)),
+            dict(zip(names, _highest(distances, level, orders), strict=True)),
+            dict(zip(names, _highest(shares, level, 1), strict=True)),
             dict(zip(names, (float(rise) for rise in missing.max(axis=0)), strict=True)),
         )
         if not won:
@@ -299,15 +301,20 @@ def _drawn_days(there: Codes, days: int, draw: np.random.Generator) -> Codes:
     return np.array(chosen, np.int64)
 
 
-def _highest(draws: Floats, level: float) -> list[float]:
-    """What a column's draws (R, C) exceed with probability 1 - ``level``, by a log-normal fit.
+def _highest(draws: Floats, level: float, order: Floats | int) -> list[float]:
+    """What a column's draws (R, C) exceed with probability 1 - ``level``.
 
-    Levels for many columns at once lie beyond what hundreds of draws reach.
+    Levels for many columns at once lie beyond what hundreds of draws reach. Squares of shares'
+    differences are distributed about as χ² is, times a scale, and its cube root nearly as a normal
+    variable (Wilson and Hilferty 1931, "The distribution of chi-square").
+
+    Args:
+        order: (C,) 2 where a distance grows as those squares do, 1 where it does as their root.
     """
-    logs = np.log(np.maximum(draws, 1e-9))
-    return [
-        float(x) for x in np.exp(logs.mean(axis=0) + NormalDist().inv_cdf(level) * logs.std(axis=0))
-    ]
+    power = 2 / (3 * np.asarray(order, np.float64))
+    roots = draws**power
+    highest = roots.mean(axis=0) + NormalDist().inv_cdf(level) * roots.std(axis=0)
+    return [float(x) for x in np.maximum(highest, 1e-9) ** (1 / power)]
 
 
 def _numbers(
