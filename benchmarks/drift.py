@@ -1,7 +1,7 @@
 """How often does monitoring cry wolf, how soon does it see planted drift, and what does it cost?
 
 Reads what a run left: the champion, its reference and the window that it was validated on, which
-it did not learn from. A third of the users is the reference, the others are what comes. Days are
+it did not learn from. A third of the requests is the reference, the others are what comes. Days are
 drawn anew for each week to come, from the same four weeks, and users within them: a world that
 stays as it is, in which no row was seen before.
 
@@ -50,7 +50,7 @@ _START = datetime(2030, 1, 7, tzinfo=timezone.utc)
 
 @dataclass(frozen=True)
 class World:
-    """A champion, its reference, and rows of other users on the same days.
+    """A champion, its reference, and rows of other requests of the same users and days.
 
     Attributes:
         pool: the rows that weeks are drawn from, scored.
@@ -81,7 +81,7 @@ class World:
 
 
 def worlds(data: Path, config: MonitoringConfig, seeds: Sequence[int]) -> Iterator[World]:
-    """A world for each seed: another split of the users.
+    """A world for each seed: another split of the requests.
 
     Raises:
         InputError: the run's files are missing.
@@ -93,8 +93,8 @@ def worlds(data: Path, config: MonitoringConfig, seeds: Sequence[int]) -> Iterat
     champion = registry.load(str(registry.champion()))
     spec = champion.spec
     rows = pq.read_table(data / VALIDATION, columns=drift.watched_columns(spec))
-    users = np.array(rows[spec.entities.user].to_pylist(), object)
-    keys, codes = np.unique(users, return_inverse=True)
+    requests = np.array(rows[spec.entities.request].to_pylist(), object)
+    keys, codes = np.unique(requests, return_inverse=True)
     scored = drift.scored(champion, rows)
     moments = pd.to_datetime(scored[EVENT_TIMESTAMP], utc=True)
     days = ((moments - moments.min()) // pd.Timedelta(days=1)).to_numpy(np.int64)

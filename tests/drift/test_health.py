@@ -68,15 +68,14 @@ def test_a_flood_of_one_value_is_a_stuck_feed() -> None:
     assert re.fullmatch(f"{stuck}, as where a feed is stuck; {MEND}", fault)
 
 
-@pytest.mark.parametrize("value", ["shop", "app"])
-def test_labels_tell_a_stuck_feed_from_more_of_one_kind(value: str) -> None:
+def test_labels_tell_a_stuck_feed_from_more_of_one_kind() -> None:
     """A fifth of the rows says `shop`. If they are of the shop they buy as little as its others."""
-    stuck = changed(week(), share=0.2, channel=value)
-    assert f"rows changed to {value}" in only_fault(stuck)
+    stuck = changed(week(), share=0.2, channel="shop")
+    assert "rows changed to shop" in only_fault(stuck)
     # Without labels both look the same, and it takes a flood.
     assert faults(stuck, labels=False) == []
     shares = week()["channel"].value_counts(normalize=True)
-    mix = [shares[name] * 0.8 + 0.2 * (name == value) for name in ("app", "web", "shop")]
+    mix = [shares[name] * 0.8 + 0.2 * (name == "shop") for name in ("app", "web", "shop")]
     assert faults(shop(1, mix=tuple(mix))) == []
 
 

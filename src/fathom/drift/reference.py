@@ -8,6 +8,7 @@ compared with the days that were not drawn, as a real one is with days that it d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -228,9 +229,9 @@ class Reference:
         """What is usual for a window of so many days, rows and labelled rows.
 
         A reference of fewer than two such windows calibrates nothing; thresholds are then those of
-        the settings.
+        the settings. Windows of about as many rows share what is calibrated.
         """
-        key = days, rows, labelled
+        key = days, _step_down(rows), _step_down(labelled)
         if key not in self._usual:
             self._usual[key] = self._calibrated(*key) or self._stated()
         return self._usual[key]
@@ -288,6 +289,11 @@ class Reference:
         days = int(self.day.max()) + 1
         cells = np.bincount(self.day * bins + self.codes[name], minlength=days * bins)
         return cells.reshape(days, bins)
+
+
+def _step_down(rows: int) -> int:
+    """A number of rows rounded down by less than a tenth; fewer rows make thresholds wider."""
+    return int(1.1 ** math.floor(math.log(rows, 1.1))) if rows else 0
 
 
 def _drawn_days(there: Codes, days: int, draw: np.random.Generator) -> Codes:
