@@ -74,6 +74,13 @@ class Registry:
         """The champion and those it replaced that a roll-back may reach, the newest last."""
         return self._stack()
 
+    def promoted(self) -> str | None:
+        """Since when the champion is in charge, ISO 8601."""
+        if self.champion() is None:
+            return None
+        pointer = json.loads((self.folder / "champion.json").read_text(encoding="utf-8"))
+        return str(pointer["since"])
+
     def path(self, version: str) -> Path:
         """Folder of a version.
 
