@@ -206,7 +206,9 @@ def with_outcomes(
             LATE: (known > rows._due).fill_null(False),
         }
     )
-    return rows.drop("_due", "_acted", "_told", "_told_at")
+    rows = rows.drop("_due", "_acted", "_told", "_told_at")
+    # In one order, so that files of the same content are the same.
+    return rows.order_by([EVENT_TIMESTAMP, *keys, VERSION])
 
 
 def exposures(labelled: Table, spec: FeatureSpec) -> Table:
@@ -237,11 +239,11 @@ def exposures(labelled: Table, spec: FeatureSpec) -> Table:
 
 def merged(past: Table | None, new: Table, spec: FeatureSpec) -> Table:
     """Exposures of earlier runs and new ones, each once; what the log still holds is the newer."""
-    if past is None:
-        return new
     keys = [spec.entities.request, spec.entities.user, spec.entities.item]
-    past = past.select(**{name: past[name].cast(kind) for name, kind in new.schema().items()})
-    return past.anti_join(new, keys).union(new)
+    if past is not None:
+        past = past.select(**{name: past[name].cast(kind) for name, kind in new.schema().items()})
+        new = past.anti_join(new, keys).union(new)
+    return new.order_by([EVENT_TIMESTAMP, *keys])
 
 
 def report(labelled: Table, spec: FeatureSpec, outcomes: Table | None) -> dict[str, Any]:
