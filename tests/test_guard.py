@@ -79,6 +79,11 @@ def test_a_setting_out_of_bounds_is_named(setting: str, value: Any) -> None:
         RolloutConfig(**{setting: value})
 
 
+def test_they_are_looked_at_after_each_failure_and_every_tenth_request() -> None:
+    assert [n for n in range(31) if newest(*[0.01] * n).is_due] == [10, 20, 30]
+    assert newest(0.01, failed=1).is_due
+
+
 def test_p99_must_be_reachable() -> None:
     with pytest.raises(ValidationError, match="min_requests is 100; it must be at most newest, 50"):
         RolloutConfig(newest=50)

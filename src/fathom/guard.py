@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+#: Requests between two looks at them, which take as long as ranking a few candidates.
+_EVERY = 10
+
 
 class RolloutConfig(BaseModel):
     """How a challenger and a new champion are tried (``params:serving``, ``rollout``).
@@ -84,14 +87,21 @@ class Newest:
 
     def __init__(self, most: int) -> None:
         self._seconds: deque[float] = deque(maxlen=most)
+        self._count = 0
 
     def took(self, seconds: float) -> None:
         """Count one that was answered."""
         self._seconds.append(seconds)
+        self._count += 1
 
     def failed(self) -> None:
         """Count one that was not."""
-        self._seconds.append(math.nan)
+        self.took(math.nan)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether they are worth a look: after each that failed, and now and then."""
+        return self._count > 0 and (math.isnan(self._seconds[-1]) or self._count % _EVERY == 0)
 
     def seconds(self) -> NDArray[np.float64]:
         """(n,) how long each took; NaN for those that failed."""

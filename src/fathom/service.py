@@ -36,9 +36,10 @@ from fathom import api, docs_page, service_log, try_page
 from fathom.access import Access
 from fathom.admission import BusyError, LateError
 from fathom.artifact import verify
+from fathom.lane import Ask, Method, as_json
 from fathom.metrics import exposition, metrics
 from fathom.ranking import Ranking
-from fathom.rollout import Ask, Method, Serving, as_json
+from fathom.rollout import Serving
 from fathom.service_log import about, log
 from fathom.serving import ServingConfig
 
