@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 from fathom import feature_log
 from fathom.batch import Ragged
 from fathom.encoding import with_ratios
-from fathom.feature_log import FeatureLog, Served, rows_of, segments
+from fathom.feature_log import FeatureLog, Served, rows_of, segments, together
 from fathom.feature_store import frame_of
 from fathom.online import Known
 from small_ranker import SPEC, plain_frame
@@ -88,7 +91,8 @@ def test_a_row_is_what_the_model_saw_bit_for_bit(tmp_path: Path):
 
 
 def test_a_row_says_who_was_shown_what_when_and_as_of_when():
-    table = rows_of(served(), SPEC, "v1")
+    answered = replace(served(), how="canary", seconds=0.0125, slots=np.array([2, 0, 1]))
+    table = rows_of(answered, SPEC, "v1")
     assert table.column_names[:3] == ["user_id", "item_id", "event_timestamp"]
     first = table.to_pylist()[0]
     expected = {
@@ -102,6 +106,9 @@ def test_a_row_says_who_was_shown_what_when_and_as_of_when():
         "_item_known": True,
         "_degraded": False,
         "_expired": 2,
+        "_how": "canary",
+        "_milliseconds": 12.5,
+        "_slot": 2,
         "_user_as_of": LATER,
         "_tables_as_of": AS_OF,
         "_row_users": LATER,
@@ -221,6 +228,53 @@ def test_what_a_killed_writer_left_is_no_segment_and_goes_some_day(tmp_path: Pat
     assert segments(tmp_path) == []
     FeatureLog(tmp_path, SPEC, "v1").close()
     assert (old.exists(), new.exists()) == (False, True)
+
+
+#: Logs requests r0, r1, … in segments of ten rows, until it is killed.
+WRITER = """
+import sys, time
+from pathlib import Path
+from fathom.feature_log import FeatureLog
+from test_feature_log import SPEC, served
+
+log = FeatureLog(Path(sys.argv[1]), SPEC, "v1", segment_rows=10)
+i = 0
+while True:
+    log.put(served(f"r{i}", 1))
+    i += 1
+    if i == 200:
+        print("many", flush=True)
+    time.sleep(0.0005)
+"""
+
+
+def test_what_a_process_logged_before_it_was_killed_is_there_but_for_its_open_segment(
+    tmp_path: Path,
+):
+    program = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n{WRITER}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "many\n"
+    wait_until(lambda: len(segments(tmp_path)) >= 20)
+    process.kill()
+    process.communicate()
+    found = read(tmp_path)["_request"].to_pylist()
+    assert found == [f"r{i}" for i in range(len(found))], "no row twice, none left out"
+    assert len(found) >= 200
+    assert len(found) % 10 == 0, "whole segments alone"
+    # The next process goes on beside what is left.
+    log = FeatureLog(tmp_path, SPEC, "v1")
+    log.put(served("next", 1))
+    log.close()
+    assert read(tmp_path)["_request"].to_pylist() == [*found, "next"]
+
+
+def test_segments_of_an_earlier_release_are_read_with_what_they_lack_missing():
+    new = rows_of(served(), SPEC, "v1")
+    old = new.drop_columns(["_how", "_milliseconds"])
+    assert together([old, new])["_how"].to_pylist() == [None] * 3 + ["champion"] * 3
 
 
 def test_a_folder_that_is_not_there_has_no_segments(tmp_path: Path):

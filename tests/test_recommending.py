@@ -329,13 +329,14 @@ def test_without_an_aggregate_by_user_and_item_nothing_says_what_was_bought(
 
 
 def test_without_a_tower_recommend_says_why(client: TestClient, tmp_path: Path) -> None:
-    own = app.state.serving.ranking
-    app.state.serving.ranking = Ranking(register(tmp_path, spec=WITH_HISTORY).folder, None)
+    lane = app.state.serving.cast.champion
+    own = lane.ranking
+    lane.ranking = Ranking(register(tmp_path, spec=WITH_HISTORY).folder, None)
     try:
         response = client.post("/recommend", json={"user": "u2"})
         model = client.get("/model").json()
     finally:
-        app.state.serving.ranking = own
+        lane.ranking = own
     assert response.status_code == 503
     assert "this ranker has no tower to retrieve with" in response.json()["error"]
     assert "retry-after" not in response.headers

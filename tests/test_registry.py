@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from fathom import files
+from fathom.cli import cli
 from fathom.ranker import MANIFEST, ArtifactError, Ranker, verify
 from fathom.registry import Registry, RegistryError
 
@@ -247,6 +249,125 @@ def test_a_damaged_pointer_is_an_error_and_not_an_empty_registry(two, text):
     assert two.champion() == "one"
 
 
+# --- challengers -------------------------------------------------------------------------------
+
+
+def test_a_challenger_is_tried_until_it_is_withdrawn(two):
+    assert two.challenger() is None
+    challenge = two.challenge("one", "canary", 0.05, "a new hope", by="test")
+    assert two.challenger() == challenge
+    assert (challenge.version, challenge.mode, challenge.share) == ("one", "canary", 0.05)
+    assert two.champion() == "two"
+    assert two.withdraw("slow", by="service") == "one"
+    assert two.challenger() is None
+    with pytest.raises(RegistryError, match="nobody challenges champion two"):
+        two.withdraw("again")
+    noted = [(e["action"], e["version"], e["by"], e["reason"]) for e in two.history()[2:]]
+    assert noted == [
+        ("challenge", "one", "test", "a new hope"),
+        ("withdraw", "one", "service", "slow"),
+    ]
+    assert two.history()[2]["share"] == 0.05
+
+
+def test_a_promoted_challenger_challenges_no_more_and_another_goes_on(two):
+    add(two, "three")
+    two.challenge("three", "shadow", 1, "look at it")
+    two.promote("one", "meanwhile")
+    assert two.challenger().version == "three"
+    two.promote("three", "it is good")
+    assert two.challenger() is None
+
+
+def test_a_challenge_that_outlived_its_promotion_ends_with_the_next(two):
+    """A crash between the pointer and the challenge leaves the champion as its own challenger."""
+    two.challenge("one", "canary", 0.1, "reason")
+    left = two.challenger()
+    two.promote("one", "reason")
+    files.write_json(two.folder / "challenger.json", vars(left))
+    two.promote("one", "again")
+    assert two.challenger() is None
+    assert two.champions() == ["one", "two", "one"]
+
+
+def test_all_faults_of_a_challenge_come_together(two):
+    before = content(two.folder)
+    with pytest.raises(RegistryError) as caught:
+        two.challenge("two", "loud", 1.5, "reason")
+    assert str(caught.value) == (
+        "two is the champion; challenge it with another version; "
+        "mode is 'loud'; it must be 'shadow' or 'canary'; "
+        "share is 1.5; it must be above 0 and at most 1"
+    )
+    with pytest.raises(RegistryError, match=r"share is nan; it must be above 0 and at most 1"):
+        two.challenge("one", "canary", float("nan"), "reason")
+    assert content(two.folder) == before | {".lock": b""}
+
+
+def test_nobody_is_challenged_before_the_first_promotion_or_by_damaged_files(registry):
+    add(registry, "one")
+    with pytest.raises(RegistryError, match="there is no champion to challenge; promote a version"):
+        registry.challenge("one", "shadow", 1, "reason")
+    damage(registry, "one")
+    with pytest.raises(ArtifactError, match="does not have the SHA-256"):
+        registry.challenge("one", "shadow", 1, "reason")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "one", "mod": "canary"}'])
+def test_a_damaged_challenger_is_an_error_with_its_remedy(two, text):
+    (two.folder / "challenger.json").write_text(text)
+    with pytest.raises(RegistryError, match=r"challenger.json cannot be read .*; delete it and"):
+        two.challenger()
+
+
+def test_of_several_that_find_one_wanting_at_once_only_one_acts(two):
+    """As replicas of a service do, each of which has seen it fail."""
+    add(two, "three")
+    two.promote("three", "better")
+    assert [two.rollback("slow", by="service", of="three") for _ in range(3)] == ["two"] * 3
+    old = two.challenge("three", "canary", 0.1, "again")
+    assert [two.withdraw("slow", of=old) for _ in range(2)] == ["three", None]
+    two.challenge("three", "canary", 0.2, "mended")
+    assert two.withdraw("slow", of=old) is None
+    assert two.challenger().share == 0.2
+    actions = [entry["action"] for entry in two.history()]
+    assert actions == [
+        *("promote", "promote", "promote", "rollback"),
+        *("challenge", "withdraw", "challenge"),
+    ]
+
+
+def test_a_line_that_a_crash_cut_short_does_not_hide_the_others(two):
+    with open(two.folder / "history.jsonl", "a") as file:
+        file.write('{"at": "20')
+    assert [entry["version"] for entry in two.history()] == ["one", "two"]
+    assert Registry(two.folder / "nowhere").history() == []
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def test_commands_of_a_challenge(two, monkeypatch):
+    monkeypatch.setattr("fathom.cli._parameters", lambda _: {"registry": str(two.folder)})
+
+    def said(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, list(arguments), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert said("challenge", "one") == "challenger: one, canary of 5.0% of the users\n"
+    assert said("champion") == "? one  canary of 5.0%\n* two\n"
+    assert said("challenge", "one", "--shadow", "--reason", "first look") == (
+        "challenger: one, shadow of 100.0% of the users\n"
+    )
+    assert said("withdraw") == "withdrawn: one\n"
+    assert said("champion") == "  one\n* two\n"
+    *_, shadow, withdrawn = said("history").splitlines()
+    assert shadow.endswith("+00:00  challenge  one  by operator: first look")
+    assert withdrawn.endswith("withdraw   one  by operator: withdrawn by hand")
+    assert said("history", "--last", "1") == withdrawn + "\n"
+
+
 # --- other processes ---------------------------------------------------------------------------
 
 #: Holds the lock by registering, until its standard input closes.
@@ -280,6 +401,10 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"
 def act(registry):
     if action == "register":
         add(registry, "three")
+    elif action == "challenge":
+        registry.challenge("three", "canary", 0.1, "better")
+    elif action == "withdraw":
+        registry.withdraw("worse")
     else:
         registry.promote("three", "better")
 
@@ -317,7 +442,7 @@ def killed_everywhere(action: str, registry: Registry, copies: Path) -> list[Reg
     """What is left of the registry, by the operation at which the process was killed."""
     subprocess.run(command(KILLER, action, registry.folder, copies), check=True, timeout=120)
     left = [Registry(folder) for folder in sorted(copies.iterdir())]
-    assert len(left) > 10  # it did die on the way
+    assert len(left) > 4  # it did die on the way
     return left
 
 
@@ -396,6 +521,24 @@ def test_a_promotion_killed_at_any_moment_leaves_the_old_champion_or_the_new(two
         registry.promote("three", "again")
         assert registry.champion() == "three"
         assert registry.rollback("undo") == "two"
+
+
+@pytest.mark.parametrize("action", ["challenge", "withdraw"])
+def test_a_challenge_killed_at_any_moment_is_whole_or_none(two, tmp_path, action):
+    add(two, "three")
+    if action == "withdraw":
+        two.challenge("three", "canary", 0.1, "better")
+    left = killed_everywhere(action, two, tmp_path / "copies")
+    challenges = [registry.challenger() is not None for registry in left]
+    turning = challenges.index(action == "challenge")
+    assert challenges == [action == "withdraw"] * turning + [action == "challenge"] * (
+        len(left) - turning
+    )
+    for registry, challenged in zip(left, challenges, strict=True):
+        # Never a change without a note; a note without its change at worst.
+        assert registry.history()[-1]["action"] == action or challenged == (action == "withdraw")
+        registry.challenge("three", "shadow", 1, "again")
+        assert registry.challenger().mode == "shadow"
 
 
 def test_readers_see_whole_versions_and_a_champion_that_is_one(registry):

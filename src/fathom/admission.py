@@ -91,6 +91,18 @@ class Queue:
         except TimeoutError as error:
             raise LateError("the deadline has passed") from error
 
+    def offer(self, work: Callable[[], None], most: int) -> bool:
+        """Do work some time, for nobody, unless so much is waiting; whether it will be done."""
+        with self._lock:
+            if self._waiting >= most:
+                return False
+            self._waiting += 1
+        try:
+            self._thread.submit(work).add_done_callback(self._done)
+        except RuntimeError:  # the queue was closed
+            return False
+        return True
+
     def _busy(self) -> BusyError:
         return BusyError(max(1, round(self.wait_seconds)))
 

@@ -1,4 +1,4 @@
-"""Project commands: ``kedro run``, ``serve``, ``champion``, ``promote`` and ``rollback``."""
+"""Project commands: ``kedro run``, ``serve``, and those of the registry, as ``kedro promote``."""
 
 from __future__ import annotations
 
@@ -59,13 +59,26 @@ def serve(env: str | None, port: int, feature_log: str | None) -> None:
 @cli.command()
 @_env
 def champion(env: str | None) -> None:
-    """Show the champion and all versions."""
+    """Show the champion, who challenges it, and all versions."""
     versions = _registry(_parameters(env))
-    current = versions.champion()
+    current, challenge = versions.champion(), versions.challenger()
     for version in versions.versions():
-        click.echo(f"{'*' if version == current else ' '} {version}")
+        tried = challenge is not None and challenge.version == version
+        mark = "*" if version == current else "?" if tried else " "
+        about = f"  {challenge.mode} of {challenge.share:.1%}" if challenge and tried else ""
+        click.echo(f"{mark} {version}{about}")
     if current is None:
         click.echo("no champion yet")
+
+
+@cli.command()
+@_env
+@click.option("--last", default=20, show_default=True, help="How many changes to show.")
+def history(env: str | None, last: int) -> None:
+    """Show who changed the champion or its challenger, when and why."""
+    for entry in _registry(_parameters(env)).history()[-last:]:
+        at, action, version = entry["at"], entry["action"], entry["version"]
+        click.echo(f"{at}  {action:<9}  {version}  by {entry['by']}: {entry['reason']}")
 
 
 @cli.command()
@@ -92,6 +105,30 @@ def rollback(env: str | None, reason: str) -> None:
     if len(champions) > 1:
         _publish(parameters, versions, champions[-2])
     click.echo(f"champion: {versions.rollback(reason)}")
+
+
+@cli.command()
+@click.argument("version")
+@_env
+@click.option("--shadow", is_flag=True, help="Score what the champion answers, answer nothing.")
+@click.option("--share", type=float, help="Of the users, above 0 and at most 1.")
+@click.option("--reason", default="challenged by hand", show_default=True)
+def challenge(
+    version: str, env: str | None, shadow: bool, share: float | None, reason: str
+) -> None:
+    """Try VERSION beside the champion: as a canary for 5 % of the users, or as a shadow of all."""
+    versions = _registry(_parameters(env))
+    share = (1.0 if shadow else 0.05) if share is None else share
+    found = versions.challenge(version, "shadow" if shadow else "canary", share, reason)
+    click.echo(f"challenger: {found.version}, {found.mode} of {found.share:.1%} of the users")
+
+
+@cli.command()
+@_env
+@click.option("--reason", default="withdrawn by hand", show_default=True)
+def withdraw(env: str | None, reason: str) -> None:
+    """End the challenge."""
+    click.echo(f"withdrawn: {_registry(_parameters(env)).withdraw(reason)}")
 
 
 def _publish(parameters: dict[str, Any], versions: Registry, version: str) -> None:

@@ -1,12 +1,16 @@
-"""A log of what the model saw: the feature vector of every candidate that was ranked.
+"""The prediction log: what the model saw and said of every candidate that was ranked.
 
 Scoring hands a request over and goes on; a thread turns it into Arrow and writes segments, each a
 parquet file that appears whole or not at all::
 
     <folder>/<version>/<moment of writing>-<random>.parquet
 
+A row has the candidate's feature vector, as of when it was, its probability and its place in the
+answer, and how the request was answered: by whom, whether degraded, in how many milliseconds.
+
 A crash loses the open segment alone. What does not fit the queue or the disk's share is dropped,
-the first counted, the second oldest first; scoring never waits. `fathom.skew` reads it back.
+the first counted, the second oldest first; scoring never waits. `fathom.skew` and
+`fathom.outcomes` read it back.
 """
 
 from __future__ import annotations
@@ -37,8 +41,10 @@ PROBABILITY = "probability"
 #: Columns that are not the spec's, whose names never start with an underscore.
 REQUEST, CANDIDATE, VERSION = "_request", "_candidate", "_version"
 USER_KNOWN, ITEM_KNOWN, DEGRADED, EXPIRED = "_user_known", "_item_known", "_degraded", "_expired"
-#: Of a recommendation: where the item was shown, if it was, and how probable that was.
+#: Where the item stood in the answer, if it did; of a recommendation, how probable that was.
 SLOT, PROPENSITY = "_slot", "_propensity"
+#: Whether the champion or a canary has answered, or a shadow has only scored; and how long it took.
+HOW, MILLISECONDS = "_how", "_milliseconds"
 USER_AS_OF, TABLES_AS_OF, ROW = "_user_as_of", "_tables_as_of", "_row_"
 MOMENT = pa.timestamp("us", "UTC")
 #: Small tables are joined before there are too many of them.
@@ -56,7 +62,9 @@ class Served:
         items: the N item keys.
         frame: every column of the spec, N rows, as the model saw it.
         probabilities: (N,).
-        slots: (N,) of a recommendation, the slot in which each was shown, -1 for none.
+        how: ``champion``, ``canary`` or ``shadow``: for whom it was scored.
+        seconds: from when the request was read to when its items were in order.
+        slots: (N,) the place of each in the answer, 0 for the first, -1 for none.
         propensities: (N,) of a recommendation, the probability with which each was to be shown.
     """
 
@@ -67,6 +75,8 @@ class Served:
     frame: Frame
     known: Known
     probabilities: NDArray[np.float64]
+    how: str = "champion"
+    seconds: float | None = None
     slots: NDArray[np.int64] | None = None
     propensities: NDArray[np.float64] | None = None
 
@@ -185,6 +195,11 @@ def segments(folder: Path) -> list[Path]:
     return sorted(folder.glob("[!.]*/[!.]*.parquet"))
 
 
+def together(parts: Sequence[pa.Table]) -> pa.Table:
+    """Segments as one table; what those of an earlier release did not hold is missing."""
+    return pa.concat_tables(parts, promote_options="default")
+
+
 def _tidy(folder: Path) -> None:
     """Remove what writers that were killed left; those that write now are not that old."""
     for path in folder.glob("[!.]*/.*"):
@@ -213,6 +228,8 @@ def rows_of(served: Served, spec: FeatureSpec, version: str) -> pa.Table:
         USER_AS_OF: _all(known.user_as_of, MOMENT, count),
         TABLES_AS_OF: _all(known.tables_as_of, MOMENT, count),
         PROBABILITY: pa.array(served.probabilities, pa.float64()),
+        HOW: _all(served.how, pa.string(), count),
+        MILLISECONDS: _all(_milliseconds(served.seconds), pa.float64(), count),
         SLOT: _slots(served.slots, count),
         PROPENSITY: pa.array(
             [None] * count if served.propensities is None else served.propensities, pa.float64()
@@ -238,6 +255,10 @@ def _arrow(values: Values) -> pa.Array:
 def _slots(slots: NDArray[np.int64] | None, count: int) -> pa.Array:
     found = np.full(count, -1) if slots is None else slots
     return pa.array(found, pa.int32(), mask=found < 0)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
 
 
 def _all(value: object, kind: pa.DataType, count: int) -> pa.Array:

@@ -22,6 +22,14 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5
 
 #: Where a request's own seconds by stage are kept beside, by the thread that answers it.
 OWN_STAGES: ContextVar[dict[str, float] | None] = ContextVar("own stages", default=None)
+#: When the request was read that a thread answers, by `time.perf_counter`.
+ASKED: ContextVar[float | None] = ContextVar("asked", default=None)
+
+
+def took() -> float | None:
+    """Seconds since the request was read that this thread answers."""
+    asked = ASKED.get()
+    return None if asked is None else time.perf_counter() - asked
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,12 @@ class Metrics:
         requests_in_progress: by ``path``.
         stages: seconds of a request by its ``stage``: ``wait`` for its turn, then ``parse``,
             ``features``, ``score``, ``explain`` and ``write`` (``fathom_stage_seconds``).
+        trials: requests by the ``role`` of who was on trial with them (``canary``, ``shadow``,
+            ``probation``) and the ``outcome``: ``answered``, ``failed`` or ``busy``.
+        rollbacks: times that the service stopped using a ranker, by its ``role``: ``challenger``
+            or ``champion``.
+        challenger_share: of the users whose requests a challenger gets, by ``mode``
+            (``fathom_challenger_share``); 0 without one.
         models: 1 for the ``version`` that serves, 0 for those before (``fathom_model``).
         tables_as_of: the moment whose state the features of items and contexts are, in seconds
             since 1970 (``fathom_tables_as_of_seconds``).
@@ -58,6 +72,9 @@ class Metrics:
     request_seconds: Histogram
     requests_in_progress: Gauge
     stages: Histogram
+    trials: Counter
+    rollbacks: Counter
+    challenger_share: Gauge
     models: Gauge
     tables_as_of: Gauge
 
@@ -103,7 +120,7 @@ def metrics() -> Metrics:
         "popular_recommendations": "Recommendations by popularity: nothing is known of the user",
         "explored_items": "Items that chance put into a recommendation",
     }
-    return Metrics(
+    found = Metrics(
         **{name: Counter(f"fathom_{name}", text) for name, text in said.items()},
         requests=Counter("fathom_requests", "Requests", ["path", "status"]),
         request_seconds=Histogram(
@@ -118,6 +135,16 @@ def metrics() -> Metrics:
         stages=Histogram(
             "fathom_stage_seconds", "Seconds of a request by stage", ["stage"], buckets=_SECONDS
         ),
+        trials=Counter("fathom_trials", "Requests of rankers on trial", ["role", "outcome"]),
+        rollbacks=Counter(
+            "fathom_rollbacks", "Times that a ranker was found wanting while it served", ["role"]
+        ),
+        challenger_share=Gauge(
+            "fathom_challenger_share",
+            "Share of the users whose requests a challenger gets",
+            ["mode"],
+            multiprocess_mode="mostrecent",
+        ),
         models=Gauge(
             "fathom_model",
             "1 for the version that serves",
@@ -130,6 +157,15 @@ def metrics() -> Metrics:
             multiprocess_mode="mostrecent",
         ),
     )
+    # From the start, so that a first increase is seen as one.
+    for role in ("canary", "shadow", "probation"):
+        for outcome in ("answered", "failed", "busy"):
+            found.trials.labels(role=role, outcome=outcome)
+    for role in ("challenger", "champion"):
+        found.rollbacks.labels(role=role)
+    for mode in ("canary", "shadow"):
+        found.challenger_share.labels(mode=mode).set(0)
+    return found
 
 
 def exposition() -> tuple[bytes, str]:

@@ -3,9 +3,9 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-#: Not part of ``kedro run``: skew reads what a run does not make, tuning and the comparison train
-#: many times, and cross_search proposes what a person pastes.
-APART = frozenset({"comparison", "cross_search", "skew", "tuning"})
+#: Not part of ``kedro run``: skew and outcomes read what a run does not make, tuning and the
+#: comparison train many times, and cross_search proposes what a person pastes.
+APART = frozenset({"comparison", "cross_search", "outcomes", "skew", "tuning"})
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from fathom.checking import (
     checked_frame,
 )
 from fathom.lookup import spread_frame
-from fathom.metrics import metrics
+from fathom.metrics import metrics, took
 from fathom.service_log import log
 from fathom.serving import OnlineStore, ServingConfig
 from fathom.spec import Column, FeatureSpec
@@ -42,6 +43,8 @@ _NO_TOWER = (
 )
 
 Answer = dict[str, Any]
+#: What a ranking's answers are for.
+How = Literal["champion", "canary", "shadow"]
 
 
 class RehearsalError(RuntimeError):
@@ -54,7 +57,8 @@ class Ranking:
     Args:
         folder: the artifact.
         feature_store: see `OnlineStore`.
-        before: the ranking that this one is to follow; they share a feature store if they can.
+        others: rankings of the same service; they share a feature store if they can.
+        how: what its answers are for. Those of a shadow are for nobody, and counted nowhere.
 
     Raises:
         ArtifactError: files of the artifact are missing or changed.
@@ -65,30 +69,31 @@ class Ranking:
         folder: Path,
         feature_store: str | None,
         config: ServingConfig | None = None,
-        before: Ranking | None = None,
+        others: Sequence[Ranking] = (),
+        how: How = "champion",
     ) -> None:
         from fathom.fast import FastScorer
         from fathom.ranker import Ranker
         from fathom.recommending import Recommender
 
         config = config or ServingConfig()
-        self.version = verify(folder)
+        self.version, self.how = verify(folder), how
         self.ranker = Ranker.load(folder)
         self.scorer = FastScorer(self.ranker, precision=config.precision)
         self.recommender = Recommender(self.ranker, config.retrieval) if self.ranker.tower else None
-        self.store: OnlineStore = (
-            before.store
-            if before is not None and before.ranker.spec.hash == self.ranker.spec.hash
-            else OnlineStore(feature_store, self.ranker.spec, config, self._load_attribution)
+        spec = self.ranker.spec
+        shared = (other.store for other in others if other.ranker.spec.hash == spec.hash)
+        self.store: OnlineStore = next(shared, None) or OnlineStore(
+            feature_store, spec, config, self._load_attribution
         )
         self.log = self._feature_log(config)
         self._golden = api.golden(folder)
         self._examples = self._golden.rows[:5] or [api.example_row(self.ranker.spec)]
         log.info("ranker %s loaded from %s", self.version, folder)
 
-    def close(self, after: Ranking | None = None) -> None:
-        """End the background work, but for what the ranking after it shares."""
-        if after is None or after.store is not self.store:
+    def close(self, *others: Ranking) -> None:
+        """End the background work, but for what others share."""
+        if all(other.store is not self.store for other in others):
             self.store.close()
         if self.log is not None:
             self.log.close()
@@ -153,7 +158,7 @@ class Ranking:
 
     def rank(self, body: bytes, request_id: str) -> Answer:
         """Look up the features of candidates, score and sort them."""
-        spec, stage = self.ranker.spec, metrics().stage
+        spec, stage = self.ranker.spec, self._stage
         with stage("parse"):
             request = api.parse(api.RankRequest, body)
             faults: list[dict[str, str]] = []
@@ -171,7 +176,7 @@ class Ranking:
             if request.explain:
                 bound_terms(spread_frame(columns, count), self.ranker)
         with stage("score"):
-            probabilities = self.scorer.score(columns, count)
+            probabilities = self._scored(columns, count)
         order = np.argsort(-probabilities, kind="stable").tolist()
         scores = probabilities.tolist()
         key = spec.entities.item
@@ -188,12 +193,11 @@ class Ranking:
         if self.log is not None:
             from fathom.feature_log import Served
 
-            keys = [candidate[key] for candidate in candidates]
-            frame = spread_frame(columns, count)
-            self.log.put(
-                Served(request_id, request.user, keys, moment, frame, known, probabilities)
-            )
-        _count(known)
+            keys, user = [candidate[key] for candidate in candidates], request.user
+            frame, slots = spread_frame(columns, count), np.argsort(order)
+            served = Served(request_id, user, keys, moment, frame, known, probabilities)
+            self.log.put(replace(served, how=self.how, seconds=took(), slots=slots))
+        self._count(known)
         return {
             "user_known": known.user,
             "unknown_items": int((~known.items).sum()),
@@ -221,7 +225,7 @@ class Ranking:
         count = len(candidates)
         columns, known = features.compact(request.user, request.context, candidates, moment, read)
         bound_crosses(columns, spec, count)
-        probabilities = self.scorer.score(columns, count)
+        probabilities = self._scored(columns, count)
         slots = recommender.fill(request, request_id, pool, probabilities)
         items = _slots(pool, slots, probabilities)
         if request.explain:
@@ -236,10 +240,9 @@ class Ranking:
             keys, user, shares = pool.items, request.user, slots.propensity
             frame = spread_frame(columns, count)
             served = Served(request_id, user, keys, moment, frame, known, probabilities)
-            self.log.put(replace(served, slots=slots.by_place, propensities=shares))
-        _count(known)
-        metrics().popular_recommendations.inc(int(pool.popular))
-        metrics().explored_items.inc(int(slots.explored.sum()))
+            served = replace(served, slots=slots.by_place, propensities=shares)
+            self.log.put(replace(served, how=self.how, seconds=took()))
+        self._count(known, pool.popular, int(slots.explored.sum()))
         return {
             "user_known": known.user,
             "popular": pool.popular,
@@ -248,6 +251,29 @@ class Ranking:
             "ranked": len(pool.items),
             "items": items,
         }
+
+    def _scored(self, columns: Mapping[str, Values], count: int) -> NDArray[np.float64]:
+        """(N,) probabilities, all of them numbers."""
+        found = self.scorer.score(columns, count)
+        if not np.isfinite(found).all():
+            wrong = int((~np.isfinite(found)).sum())
+            raise FloatingPointError(f"{wrong} of {count} probabilities are no numbers")
+        return found
+
+    def _stage(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.how == "shadow" else metrics().stage(name)
+
+    def _count(self, known: Known, popular: bool = False, explored: int = 0) -> None:
+        if self.how == "shadow":
+            return
+        counters = metrics()
+        counters.ranked_items.inc(len(known.items))
+        counters.unknown_items.inc(int((~known.items).sum()))
+        counters.unknown_users.inc(int(not known.user))
+        counters.degraded_requests.inc(int(known.degraded))
+        counters.expired_rows.inc(known.expired)
+        counters.popular_recommendations.inc(int(popular))
+        counters.explored_items.inc(explored)
 
     def model(self, _: bytes, __: str) -> Answer:
         """Say what is being served."""
@@ -336,12 +362,3 @@ def _described(column: Column, spec: FeatureSpec) -> Answer:
         "values": list(column.values) if column.values else None,
         "description": column.description,
     }
-
-
-def _count(known: Known) -> None:
-    counters = metrics()
-    counters.ranked_items.inc(len(known.items))
-    counters.unknown_items.inc(int((~known.items).sum()))
-    counters.unknown_users.inc(int(not known.user))
-    counters.degraded_requests.inc(int(known.degraded))
-    counters.expired_rows.inc(known.expired)

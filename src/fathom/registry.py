@@ -1,4 +1,4 @@
-"""Versions of rankers, and the one pointer that names the champion.
+"""Versions of rankers, the pointer that names the champion, and the one that names its challenger.
 
 ::
 
@@ -6,7 +6,8 @@
       versions/<version>/…   immutable artifacts (`fathom.ranker`)
       versions/.*            half-written ones; whoever holds the lock removes them
       champion.json          the champion and those it replaced, the newest last
-      history.jsonl          every change of the champion, who asked and why
+      challenger.json        who is tried beside it, if anybody: `Challenge`
+      history.jsonl          every change of either, who asked and why
       .lock                  held while any of this changes
 """
 
@@ -16,11 +17,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from fathom import files
 from fathom.artifact import ArtifactError, verify
@@ -31,6 +32,24 @@ if TYPE_CHECKING:
 
 class RegistryError(RuntimeError):
     """The registry cannot do what was asked; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """A version that services try beside the champion.
+
+    Args:
+        mode: ``shadow`` scores requests that the champion answers; ``canary`` answers.
+        share: of the users, in (0, 1], whose requests it gets.
+        since: when it began, ISO 8601.
+        reason: why.
+    """
+
+    version: str
+    mode: Literal["shadow", "canary"]
+    share: float
+    since: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,13 @@ class Registry:
     def champions(self) -> list[str]:
         """The champion and those it replaced that a roll-back may reach, the newest last."""
         return self._stack()
+
+    def promoted(self) -> str | None:
+        """Since when the champion is in charge, ISO 8601."""
+        if self.champion() is None:
+            return None
+        pointer = json.loads((self.folder / "champion.json").read_text(encoding="utf-8"))
+        return str(pointer["since"])
 
     def path(self, version: str) -> Path:
         """Folder of a version.
@@ -94,7 +120,7 @@ class Registry:
             return version
 
     def promote(self, version: str, reason: str, by: str = "pipeline") -> None:
-        """Make a version the champion, after checking its files.
+        """Make a version the champion, after checking its files; its challenge ends.
 
         Raises:
             RegistryError: there is no such version.
@@ -103,18 +129,28 @@ class Registry:
         verify(self.path(version))
         with self._locked():
             stack = self._stack()
-            if stack and stack[-1] == version:
-                return
-            self._point([*stack, version], "promote", reason, by)
+            if not stack or stack[-1] != version:
+                self._point([*stack, version], "promote", reason, by)
+            # After the pointer: a crash between the two leaves a challenger that is the champion,
+            # which nobody tries, and promoting it again ends that.
+            challenge = self.challenger()
+            if challenge is not None and challenge.version == version:
+                self._challenger.unlink()
 
-    def rollback(self, reason: str, by: str = "operator") -> str:
-        """Put the champion's predecessor back in charge; returns its version.
+    def rollback(self, reason: str, by: str = "operator", of: str | None = None) -> str:
+        """Put the champion's predecessor back in charge; returns the version that is.
+
+        Args:
+            of: does nothing unless this version is the champion. So of several who find it wanting
+                at once, one rolls back.
 
         Raises:
             RegistryError: there is none.
         """
         with self._locked():
             stack = self._stack()
+            if of is not None and stack and stack[-1] != of:
+                return stack[-1]
             if len(stack) < 2:
                 raise RegistryError(
                     f"champion {stack[-1] if stack else None} has no predecessor to roll back to"
@@ -122,6 +158,98 @@ class Registry:
             verify(self.path(stack[-2]))
             self._point(stack[:-1], "rollback", reason, by)
             return stack[-2]
+
+    def challenger(self) -> Challenge | None:
+        """Who is tried beside the champion.
+
+        Raises:
+            RegistryError: the pointer cannot be read.
+        """
+        try:
+            return Challenge(**json.loads(self._challenger.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise RegistryError(
+                f"{self._challenger} cannot be read ({error!r}); delete it and challenge again"
+            ) from error
+
+    def challenge(
+        self,
+        version: str,
+        mode: Literal["shadow", "canary"],
+        share: float,
+        reason: str,
+        by: str = "operator",
+    ) -> Challenge:
+        """Have services try a version beside the champion, in place of whom they try now.
+
+        Args:
+            mode, share: see `Challenge`.
+
+        Raises:
+            RegistryError: names everything that is not as it must be; there is no such version.
+            ArtifactError: its files are missing or changed.
+        """
+        verify(self.path(version))
+        with self._locked():
+            champion = self.champion()
+            faults = []
+            if champion is None:
+                faults.append("there is no champion to challenge; promote a version first")
+            if version == champion:
+                faults.append(f"{version} is the champion; challenge it with another version")
+            if mode not in ("shadow", "canary"):
+                faults.append(f"mode is {mode!r}; it must be 'shadow' or 'canary'")
+            if not 0 < share <= 1:
+                faults.append(f"share is {share}; it must be above 0 and at most 1")
+            if faults:
+                raise RegistryError("; ".join(faults))
+            details = {"mode": mode, "share": share}
+            since = self._note("challenge", version, reason, by, **details)
+            challenge = Challenge(version, mode, share, since, reason)
+            files.write_json(self._challenger, asdict(challenge))
+            return challenge
+
+    def withdraw(
+        self, reason: str, by: str = "operator", of: Challenge | None = None
+    ) -> str | None:
+        """End the challenge; returns who challenged.
+
+        Args:
+            of: does nothing, and returns None, unless this challenge still is the one.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        with self._locked():
+            challenge = self.challenger()
+            if of is not None and challenge != of:
+                return None
+            if challenge is None:
+                raise RegistryError(f"nobody challenges champion {self.champion()}")
+            self._note("withdraw", challenge.version, reason, by)
+            self._challenger.unlink()
+            return challenge.version
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every change, the newest last: ``at``, ``action``, ``version``, ``by``, ``reason``.
+
+        A line that a crash cut short is left out.
+        """
+        try:
+            lines = (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        entries = []
+        for line in lines:
+            with suppress(ValueError):
+                entries.append(json.loads(line))
+        return entries
+
+    @property
+    def _challenger(self) -> Path:
+        return self.folder / "challenger.json"
 
     def _stack(self) -> list[str]:
         pointer = self.folder / "champion.json"
@@ -137,17 +265,24 @@ class Registry:
             ) from error
 
     def _point(self, stack: list[str], action: str, reason: str, by: str) -> None:
-        """The history first: a crash between the two leaves a note, never a silent change."""
-        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        entry = {"at": moment, "action": action, "version": stack[-1], "by": by, "reason": reason}
-        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        moment = self._note(action, stack[-1], reason, by)
         files.write_json(
             self.folder / "champion.json",
             {"version": stack[-1], "since": moment, "reason": reason, "champions": stack},
         )
+
+    def _note(self, action: str, version: str, reason: str, by: str, **more: Any) -> str:
+        """Write to the history; returns the moment.
+
+        Before the change itself: a crash between the two leaves a note, never a silent change.
+        """
+        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        entry = {"at": moment, "action": action, "version": version, "by": by, "reason": reason}
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry | more, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return moment
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

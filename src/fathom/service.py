@@ -17,15 +17,13 @@ Environment
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
-import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import bentoml
 from starlette.applications import Starlette
@@ -36,16 +34,14 @@ from starlette.routing import Route
 
 from fathom import api, docs_page, service_log, try_page
 from fathom.access import Access
-from fathom.admission import BusyError, LateError, Queue
+from fathom.admission import BusyError, LateError
 from fathom.artifact import verify
-from fathom.keys import Keys
-from fathom.metrics import OWN_STAGES, exposition, metrics
-from fathom.ranking import Answer, Ranking
+from fathom.lane import Ask, Method, as_json
+from fathom.metrics import exposition, metrics
+from fathom.ranking import Ranking
+from fathom.rollout import Serving
 from fathom.service_log import about, log
 from fathom.serving import ServingConfig
-
-if TYPE_CHECKING:
-    from fathom.following import Follower
 
 #: Alias of the one model that a Bento carries, whose version the Bento pins.
 ALIAS = "ranker"
@@ -62,94 +58,21 @@ PROBES = ("/livez", "/healthz", "/readyz", "/metrics")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
-class Serving:
-    """What all requests share: who serves, the queue, and who may ask.
-
-    Args:
-        folder: the artifact that serves first.
-        feature_store: see `fathom.serving.OnlineStore`.
-
-    Raises:
-        ArtifactError: files of the artifact are missing or changed.
-        KeysError: the file of keys cannot be used.
-    """
-
-    def __init__(self, folder: Path, feature_store: str | None, config: ServingConfig) -> None:
-        self.config, self._feature_store = config, feature_store
-        self.keys = Keys(Path(config.api_keys)) if config.api_keys else None
-        #: In charge. Requests take it once, so that each answer is of one version.
-        self.ranking = Ranking(folder, feature_store, config)
-        _show(self.ranking.version)
-        self.queue = Queue(config.queue_seconds)
-        self._follower = self._follow(config.registry) if config.registry else None
-
-    def _follow(self, registry: str) -> Follower:
-        from fathom.following import Follower
-
-        seconds = self.config.follow_seconds
-        return Follower(Path(registry), seconds, lambda: self.ranking.version, self.succeed)
-
-    def succeed(self, folder: Path) -> None:
-        """Put another artifact in charge, once it has shown that it can be.
-
-        Raises:
-            ArtifactError: files of the artifact are missing or changed.
-            RehearsalError: it does not answer as it should. The one before goes on.
-        """
-        before = self.ranking
-        after = Ranking(folder, self._feature_store, self.config, before)
-        try:
-            after.rehearse()
-        except BaseException:
-            after.close(before)
-            raise
-        self.ranking = after
-        _show(after.version, before.version)
-        # Requests that have begun end with the one before.
-        late = threading.Timer(self.config.deadline_seconds, before.close, [after])
-        late.daemon = True
-        late.start()
-
-    def close(self) -> None:
-        """Give up what is waiting, and end the background work."""
-        if self._follower is not None:
-            self._follower.close()
-        self.queue.close()
-        self.ranking.close()
-
-
-def _show(version: str, before: str | None = None) -> None:
-    """Say in the metrics and the log who serves."""
-    service_log.JsonFormatter.version = version
-    if before is not None:
-        metrics().models.labels(version=before).set(0)
-    metrics().models.labels(version=version).set(1)
-
-
 # -- HTTP ----------------------------------------------------------------------------------------
 
 
 def _endpoint(
-    method: Callable[[Ranking, bytes, str], Answer], stamped: bool = True, guarded: bool = True
+    method: Method, stamped: bool = True, guarded: bool = True, by_user: bool = False
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Read a bounded body, answer on the scoring thread, in JSON, whatever happens."""
+    """Read a bounded body, have it answered on another thread, in JSON, whatever happens."""
 
     async def handle(request: Request) -> Response:
         state: Serving = request.app.state.serving
-        ranking = state.ranking  # of the whole answer, whatever comes after it
         given = request.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        stamp = {"version": ranking.version, "request_id": request_id}
-        headers = {"X-Fathom-Version": ranking.version, "X-Request-ID": request_id}
-
-        def answer(body: bytes) -> bytes:
-            OWN_STAGES.set(request.state.stages)
-            metrics().took("wait", time.perf_counter() - read)
-            found = (stamp if stamped else {}) | method(ranking, body, request_id)
-            with metrics().stage("write"):
-                return _json(found)
-
-        status, request.state.stages = 200, {}
+        stamp = {"version": state.version, "request_id": request_id}
+        version, status, request.state.stages = state.version, 200, {}
+        headers = {"X-Request-ID": request_id}
         deadline = time.monotonic() + state.config.deadline_seconds
         try:
             if guarded and state.keys is not None:
@@ -159,34 +82,33 @@ def _endpoint(
                     raise api.unauthorized()
             with state.queue.place():
                 body = await _in_time(_read(request), deadline)
-                read = time.perf_counter()
-                content = await state.queue.run(lambda: answer(body), deadline)
+                read, stages = time.perf_counter(), request.state.stages
+                ask = Ask(method, body, request_id, read, stages, stamped, by_user)
+                found = await state.answer(ask, deadline)
+                version, content = found.version, found.content
         except BusyError as error:
             metrics().turned_away.inc()
-            status, content = 429, _json(stamp | {"error": str(error)})
+            status, content = 429, as_json(stamp | {"error": str(error)})
             headers["Retry-After"] = str(error.retry_seconds)
         except LateError as error:
             metrics().late.inc()
-            status, content = 504, _json(stamp | {"error": str(error)})
+            status, content = 504, as_json(stamp | {"error": str(error)})
         except api.RefusedError as error:
-            status, content = error.status, _json(stamp | error.answer)
+            status, content = error.status, as_json(stamp | error.answer)
             headers |= error.headers
             # It and the future that it came by hold each other, and through the trace the request
             # and all that was made of it, until the garbage collector comes.
             error.__traceback__ = None
         except ClientDisconnect:
-            status, content = 400, _json(stamp | {"error": "the client left"})
+            status, content = 400, as_json(stamp | {"error": "the client left"})
         except Exception:
             log.exception("request %s failed", request_id, extra=about(request_id))
             reason = "a fault of the service; its log says more under this request_id"
-            status, content = 500, _json(stamp | {"error": reason})
+            status, content = 500, as_json(stamp | {"error": reason})
+        headers["X-Fathom-Version"] = version
         return Response(content, status, headers, "application/json")
 
     return handle
-
-
-def _json(answer: Answer) -> bytes:
-    return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
 
 
 async def _in_time(reading: Awaitable[bytes], deadline: float) -> bytes:
@@ -232,8 +154,8 @@ async def _metrics(_: Request) -> Response:
 
 app = Starlette(
     routes=[
-        Route("/rank", _endpoint(Ranking.rank), methods=["POST"]),
-        Route("/recommend", _endpoint(Ranking.recommend), methods=["POST"]),
+        Route("/rank", _endpoint(Ranking.rank, by_user=True), methods=["POST"]),
+        Route("/recommend", _endpoint(Ranking.recommend, by_user=True), methods=["POST"]),
         Route("/predict", _endpoint(Ranking.predict), methods=["POST"]),
         Route("/model", _endpoint(Ranking.model), methods=["GET"]),
         # In place of BentoML's own, which would not know of these routes.

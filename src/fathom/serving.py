@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fathom import api
+from fathom.guard import RolloutConfig
 from fathom.metrics import metrics
 from fathom.retrieval import RetrievalConfig
 from fathom.service_log import log
@@ -46,6 +47,7 @@ class ServingConfig(BaseModel):
         precision: of the layers that score; ``bfloat16`` is faster for large ones, and moves
             probabilities (`fathom.fast.HALF_TOLERANCE`).
         retrieval: how ``/recommend`` retrieves (`fathom.retrieval.RetrievalConfig`).
+        rollout: how challengers and new champions are tried (`fathom.guard.RolloutConfig`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -66,6 +68,7 @@ class ServingConfig(BaseModel):
     try_page: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     retrieval: RetrievalConfig = RetrievalConfig()
+    rollout: RolloutConfig = RolloutConfig()
 
     @property
     def absolute(self) -> ServingConfig:

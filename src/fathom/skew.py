@@ -170,10 +170,10 @@ def _batches(segments: Sequence[Path], rows: int) -> Iterator[pa.Table]:
     for path in segments:
         held.append(pq.read_table(path))
         if sum(map(len, held)) >= rows:
-            yield pa.concat_tables(held)
+            yield feature_log.together(held)
             held = []
     if held:
-        yield pa.concat_tables(held)
+        yield feature_log.together(held)
 
 
 # -- one batch -----------------------------------------------------------------------------------

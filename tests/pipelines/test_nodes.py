@@ -34,6 +34,7 @@ def test_the_default_pipeline_is_the_sum_of_the_others():
         "features",
         "ingestion",
         "monitoring",
+        "outcomes",
         "release",
         "reporting",
         "skew",

@@ -6,12 +6,14 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fathom.pipelines.datasets import AtomicDataset, TablesDataset
 from fathom.pipelines.validation.nodes import accept, validate_raw
-from fathom.spec import FeatureSpec
-from fathom.validation import QuarantineError, ValidationConfig
+from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
+from fathom.validation import QuarantineError, ValidationConfig, read_partitions
 
 SPEC = FeatureSpec.model_validate(
     {
@@ -80,3 +82,38 @@ def test_too_few_clean_rows_are_not_accepted(tmp_path):
     config, clean, _, report, *_ = validated(tmp_path, [LONG_AGO, *future])
     with pytest.raises(QuarantineError, match=r"66\.67% of 3 rows are quarantined"):
         accept(clean, report, SPEC, config)
+
+
+def test_what_was_served_is_validated_beside_what_the_source_has(tmp_path):
+    """By columns and types of its own; every row keeps a number of its own."""
+
+    def partition(folder: str, name: str, rows: dict[str, list[Any]]):
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.table(rows), tmp_path / folder / f"{name}.parquet")
+        return read_partitions(tmp_path / folder, "exposures")
+
+    at = [LONG_AGO.isoformat()] * 2
+    own = {"u": [1, 2], "i": ["a", "b"], "r": ["r1"] * 2, "y": [0, 1]}
+    raw = partition("raw", "week", own | {EVENT_TIMESTAMP: at})
+    # The second names no user, the third is the source's own.
+    keys = {"u": ["1", None, "2"], "i": ["c", "a", "b"], "r": ["r2", "r2", "r1"], "y": [1, 0, 1]}
+    moments = {EVENT_TIMESTAMP: [LONG_AGO] * 3, "arrival_timestamp": [NOW] * 3}
+    served = partition("served", "served-2024-01-01", keys | moments)
+    entity = {EVENT_TIMESTAMP: at[:1]}
+    users, items = (ibis.memtable({key: [f"{key}1"], **entity}) for key in "ui")
+    rules = {"exposures": {"max_quarantined_share": 0.5}, "users": {}, "items": {}}
+    settings = ValidationConfig.model_validate({"tables": rules})
+    arguments = (raw, None, users, items, SPEC, settings, str(tmp_path / "docs"), served)
+    clean, quarantine, reports, _, _ = validate_raw(*arguments)
+    found = clean["exposures"].to_pyarrow().to_pylist()
+    assert {(row["r"], row["i"], row["u"], row["partition"]) for row in found} == {
+        ("r1", "a", "1", "week"),
+        ("r1", "b", "2", "week"),
+        ("r2", "c", "1", "served-2024-01-01"),
+    }
+    arrived = {row["partition"]: row["arrival_timestamp"] for row in found}
+    assert arrived["week"] is None
+    assert arrived["served-2024-01-01"] is not None
+    assert quarantine["exposures"].to_pyarrow()["row_number"].to_pylist() == [3]
+    (report,) = (report for report in reports if report["table"] == "exposures")
+    assert (report["rows"]["in"], report["rows"]["duplicates"]) == (5, 1)

@@ -17,7 +17,7 @@ from fathom.validation.config import Rule, TableName, TableRules, ValidationConf
 from fathom.validation.expectations import RuleError
 from fathom.validation.fields import required_columns
 from fathom.validation.page import render_html
-from fathom.validation.partitions import RawDataError, read_partitions
+from fathom.validation.partitions import RawDataError, read_partitions, together
 from fathom.validation.quarantine import Validated, validate
 from fathom.validation.report import (
     ExpectationReport,
@@ -45,6 +45,7 @@ __all__ = [
     "render_html",
     "require_healthy",
     "required_columns",
+    "together",
     "validate",
     "write_data_docs",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,21 @@ def read_partitions(
     if faults:
         raise RawDataError(table, faults)
     return _numbered(files)
+
+
+def together(tables: Sequence[ibis.Table]) -> ibis.Table:
+    """Tables of `read_partitions` as one; what one of them does not have is missing."""
+    import ibis
+
+    found = [dict(table.schema().items()) for table in tables]
+    names = dict.fromkeys(name for schema in found for name in schema)
+    types = {name: _common(schema[name] for schema in found if name in schema) for name in names}
+    parts, before = [], 0
+    for table in tables:
+        part = _conform(table, types)
+        parts.append(part.mutate(**{ROW_NUMBER: part[ROW_NUMBER] + before}))
+        before += table.count().to_pyarrow().as_py()
+    return ibis.union(*parts)
 
 
 def _read_through(path: Path) -> _File:

@@ -26,12 +26,14 @@ def validate_raw(
     spec: FeatureSpec,
     config: ValidationConfig,
     data_docs: str,
+    served_exposures: Table = None,
 ) -> tuple[Tables, Tables, list[dict[str, Any]], str, dict[str, Any]]:
     """Take every raw table apart into clean and quarantined rows, and say why.
 
     Args:
         raw_interactions: None where the source has none.
         data_docs: folder for Great Expectations' own pages.
+        served_exposures: what was served and is labelled, beside the source's; None if nothing is.
 
     Returns:
         Clean rows; quarantined rows; reports as JSON and as one HTML page; the receipt for the
@@ -39,6 +41,8 @@ def validate_raw(
     """
     from fathom import validation
 
+    if served_exposures is not None:
+        raw_exposures = validation.together([raw_exposures, served_exposures])
     raw = {
         "exposures": raw_exposures,
         "interactions": raw_interactions,

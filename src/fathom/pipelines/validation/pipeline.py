@@ -20,6 +20,7 @@ def create_pipeline() -> Pipeline:
                     "params:features",
                     "params:validation",
                     "params:data_docs",
+                    "served_exposures",
                 ],
                 outputs=[
                     "validated",

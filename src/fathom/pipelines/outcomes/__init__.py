@@ -1,0 +1,5 @@
+"""The outcomes pipeline."""
+
+from fathom.pipelines.outcomes.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]
