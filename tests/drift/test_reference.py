@@ -40,7 +40,8 @@ def test_thresholds_lie_just_above_what_windows_without_drift_show() -> None:
     for name, form in kept.forms.items():
         windows = [kept.counts(name, codes[name]) for codes in coded]
         highest = max(scores.score(form.method, was[name], now) for now in windows)
-        assert highest < thresholds.scores[name] < 3 * highest, name
+        # PSI jumps where a rare bin is empty, which makes the draws of such a column wider.
+        assert highest < thresholds.scores[name] < 5 * highest, name
         moved = max(scores.moved(was[name], now) for now in windows)
         assert moved < 1.2 * thresholds.moved[name] < 3 * moved, name
 
