@@ -656,11 +656,13 @@ class Encoder:
         )
 
 
-def fit_encoder(frame: Frame, spec: FeatureSpec) -> Encoder:
+def fit_encoder(frame: Frame, spec: FeatureSpec, scalers_of: Encoder | None = None) -> Encoder:
     """Learn vocabularies, quantiles and cross keys; give it the training split only.
 
     Args:
         frame: one row per exposure with every column of the spec (see `complete`).
+        scalers_of: an encoder of the same spec whose quantiles are kept. A model that starts warm
+            has learnt what their positions mean; ones that moved would be another unit.
 
     Raises:
         FrameError: names all absent columns and all that are of the wrong shape or type.
@@ -679,7 +681,11 @@ def fit_encoder(frame: Frame, spec: FeatureSpec) -> Encoder:
             for c in spec.columns
             if c.wide
         },
-        scalers={c.name: Scaler.fit(_flat(frame[c.name])) for c in _scaled(spec)},
+        scalers=(
+            {c.name: Scaler.fit(_flat(frame[c.name])) for c in _scaled(spec)}
+            if scalers_of is None
+            else scalers_of.scalers
+        ),
         crosses={
             c.name: CrossVocabulary.fit(evaluate_cross(c, spec, frame), c) for c in spec.crosses
         },

@@ -4,8 +4,8 @@ from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
 #: Not part of ``kedro run``: skew reads what a run does not make, tuning and the comparison train
-#: many times, and cross_search proposes what a person pastes.
-APART = frozenset({"comparison", "cross_search", "skew", "tuning"})
+#: many times, cross_search proposes what a person pastes, and retraining has another split.
+APART = frozenset({"comparison", "cross_search", "retraining", "skew", "tuning"})
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -36,6 +36,7 @@ def test_the_default_pipeline_is_the_sum_of_the_others():
         "monitoring",
         "release",
         "reporting",
+        "retraining",
         "skew",
         "training",
         "tuning",
