@@ -3,9 +3,9 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-#: Not part of ``kedro run``: skew reads what a run does not make, tuning and the comparison train
-#: many times, cross_search proposes what a person pastes, and retraining has another split.
-APART = frozenset({"comparison", "cross_search", "retraining", "skew", "tuning"})
+#: Not part of ``kedro run``: skew reads what a run does not make; tuning, the comparison and replay
+#: train many times; cross_search proposes what a person pastes; retraining has a split of its own.
+APART = frozenset({"comparison", "cross_search", "replay", "retraining", "skew", "tuning"})
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -30,7 +30,7 @@ import fathom
 from fathom.artifact import ArtifactError
 from fathom.batch import Batch, Ragged
 from fathom.config import OF_THE_MACHINE, SplitConfig, TrainingConfig, moment_of
-from fathom.encoding import Encoder, Frame, fit_encoder
+from fathom.encoding import Encoder, Frame, fit_encoder, outcome
 from fathom.evaluation import LOSS, EvaluationConfig, Interval, Predictions, paired_interval
 from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 
@@ -54,7 +54,8 @@ class RetrainingConfig(BaseModel):
             at, comes last; the validation window lies before it.
         start: ``warm`` from what the champion has learnt, or always ``fresh``.
         rehearsal: share of the champion's own training rows that a warm start learns again.
-        warm_rate: what a warm start multiplies the AdaGrad learning rates by.
+        warm_rate: what a warm start multiplies the layers' learning rate by: they have been learnt
+            from far more than they learn now. Embeddings keep theirs, for those of new ids.
         fresh_margin: a warm start is good enough if its loss on the validation window exceeds the
             champion's by less than this, at the interval's upper end; else a fresh one is tried.
         seed: of the draw of rows to rehearse.
@@ -66,8 +67,8 @@ class RetrainingConfig(BaseModel):
     validation_days: int = Field(default=7, ge=1)
     test_days: int = Field(default=14, ge=1)
     start: Start = "warm"
-    rehearsal: float = Field(default=0.05, ge=0, le=1)
-    warm_rate: float = Field(default=1.0, gt=0)
+    rehearsal: float = Field(default=0.1, ge=0, le=1)
+    warm_rate: float = Field(default=0.3, gt=0)
     fresh_margin: float = Field(default=0.002, ge=0)
     seed: int = Field(default=0, ge=0)
 
@@ -109,17 +110,16 @@ class Window:
         assert not isinstance(moments, Ragged)
         return moments.astype("datetime64[us]")
 
-    def predictions(self, spec: FeatureSpec, batch: Batch, scores: NDArray[Any]) -> Predictions:
-        """What was predicted for each exposure; ``batch`` is the frame, encoded by anyone."""
+    def predictions(self, spec: FeatureSpec, scores: NDArray[Any]) -> Predictions:
+        """What was predicted for each exposure, and what came of it."""
 
         def codes(name: str) -> NDArray[np.int64]:
             values = self.frame[name]
             assert not isinstance(values, Ragged)
             return np.unique(values.astype(str), return_inverse=True)[1].astype(np.int64)
 
-        assert batch.label is not None
         return Predictions(
-            label=batch.label.astype(np.float64),
+            label=outcome(self.frame[spec.label.name], spec).astype(np.float64),
             probability=scores,
             user=codes(spec.entities.user),
             request=codes(spec.entities.request),
@@ -342,9 +342,8 @@ def _against(base: Base, warm: Attempt, window: Window, recipe: Recipe) -> Attem
     from fathom.ranker import Ranker
 
     challenger = Ranker(warm.encoder, warm.trained.model, recipe.training)
-    batch = warm.validation_batch
-    sides = (base.ranker.score(window.frame), challenger.score_batch(batch))
-    champion, ours = (window.predictions(recipe.spec, batch, scores) for scores in sides)
+    sides = (base.ranker.score(window.frame), challenger.score_batch(warm.validation_batch))
+    champion, ours = (window.predictions(recipe.spec, scores) for scores in sides)
     found = paired_interval(champion, ours, recipe.evaluation)[LOSS[recipe.spec.task]]
     return replace(warm, against=found)
 
@@ -377,14 +376,10 @@ def _warm(
     known = base.ranker.encoder
     encoder = fit_encoder(training_window.frame, recipe.spec, scalers_of=known)
     start = WarmStart(base.state, known.layout, base.ranker.config, encoder.rows_of(known))
-    training, rate = recipe.training, recipe.retraining.warm_rate
-    rates = replace(
-        training,
-        embedding_learning_rate=training.embedding_learning_rate * rate,
-        deep_learning_rate=training.deep_learning_rate * rate,
-    )
+    rate = recipe.training.deep_learning_rate * recipe.retraining.warm_rate
+    slower = replace(recipe.training, deep_learning_rate=rate)
     batches = _encoded(encoder, take(training_window.frame, rows), validation_window.frame)
-    warm = attempt("warm", encoder, batches, rates, folder, report, start)
+    warm = attempt("warm", encoder, batches, slower, folder, report, start)
     return _against(base, warm, validation_window, recipe)
 
 
@@ -447,6 +442,17 @@ def provenance(
         "steps": of.steps,
         "examples": of.examples,
     }
+
+
+def base_from(done: Retrained, training: TrainingConfig, split: SplitConfig) -> Base:
+    """What a retraining ended with, as what the next one can start from; without a tower."""
+    from fathom.ranker import Ranker
+
+    trained = done.chosen.trained
+    described = provenance(done.chosen, training, split, done.base)
+    ranker = Ranker(done.chosen.encoder, trained.model, training, described)
+    assert trained.folder is not None
+    return Base(ranker.version, ranker, trained.folder)
 
 
 def take(frame: Frame, rows: NDArray[np.int64]) -> Frame:

@@ -35,6 +35,7 @@ def test_the_default_pipeline_is_the_sum_of_the_others():
         "ingestion",
         "monitoring",
         "release",
+        "replay",
         "reporting",
         "retraining",
         "skew",
