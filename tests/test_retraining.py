@@ -231,7 +231,7 @@ def test_a_warm_start_that_is_not_good_enough_is_backed_by_a_fresh_one(
     champion: Base, tmp_path: Path
 ) -> None:
     """Rates that are too high spoil it, which the validation window shows."""
-    config = RetrainingConfig(warm_rate=10.0)
+    config = RetrainingConfig(warm_rate=160.0)
     done = retrained(champion, tmp_path, replace(RECIPE, retraining=config))
     warm, fresh = done.attempts
     assert warm.against is not None
