@@ -282,19 +282,25 @@ class Replay:
         since = line.training.split.moment("validation_from")
         known = (version, until := min(since + REFERENCE, now - WEEK))
         if known not in self._references:
-            rows = self._watched(since, until)
+            rows = self._sampled(self.log.rows(since, until))
             self._references[known] = drift.reference_of(ranker, rows, self.monitoring)
+        live = self.log.rows(now - WEEK, now)
         found = drift.measure(
             self._references[known],
-            drift.scored(ranker, self._watched(now - WEEK, now)),
+            drift.scored(ranker, self._sampled(live)),
             drift.Window(now - WEEK, now),
             drift.last_sound(line.decisions, version),
-            drift.Delivery(),
+            total=live.num_rows,
         )
         return drift.decide(found, line.decisions, self.monitoring, version)
 
-    def _watched(self, start: datetime, end: datetime) -> pa.Table:
-        return self.log.rows(start, end).select(drift.watched_columns(self.log.spec))
+    def _sampled(self, rows: pa.Table) -> pa.Table:
+        """As much of some exposures as monitoring looks at."""
+        import ibis
+
+        spec = self.log.spec
+        watched = ibis.memtable(rows.select(drift.watched_columns(spec)))
+        return drift.sampled(watched, spec, self.monitoring.sample_rows).to_pyarrow()
 
     def _judged(self, champion: Base, training: Training) -> tuple[bool, list[str]]:
         """The gate's verdict on the newest labelled window, but for baselines and slices."""
