@@ -574,3 +574,73 @@ def test_readers_see_whole_versions_and_a_champion_that_is_one(registry):
     assert faults == []
     assert len(seen) > 1  # they did read while it changed
     assert registry.versions() == names
+
+
+# -- states, for warm starts ---------------------------------------------------------------------
+
+
+def keep(registry: Registry, version: str, tmp_path: Path, content: str = "learnt") -> None:
+    learnt = tmp_path / "best-0001"
+    learnt.mkdir(exist_ok=True)
+    (learnt / "model.bias.npy").write_text(content)
+    registry.keep_state(version, learnt)
+
+
+def states(registry: Registry) -> list[str]:
+    return sorted(path.name for path in (registry.folder / "states").iterdir())
+
+
+def test_the_state_of_a_version_is_kept_apart_from_what_is_served(
+    two: Registry, tmp_path: Path
+) -> None:
+    before = content(two.path("two"))
+    keep(two, "two", tmp_path)
+    state = two.state("two")
+    assert state == two.folder / "states" / "two"
+    assert (state / "model.bias.npy").read_text() == "learnt"
+    assert content(two.path("two")) == before
+    assert two.state("one") is None
+
+
+def test_states_are_kept_of_champions_and_of_the_newest_alone(
+    two: Registry, tmp_path: Path
+) -> None:
+    for version in ("two", "three", "four"):
+        add(two, version)
+        keep(two, version, tmp_path)
+    assert states(two) == ["four", "two"]  # the third was never champion
+    two.promote("four", "better")
+    add(two, "five")
+    keep(two, "five", tmp_path)
+    assert states(two) == ["five", "four", "two"]
+
+
+def test_a_damaged_state_is_refused_and_mended_by_keeping_it_again(
+    two: Registry, tmp_path: Path
+) -> None:
+    keep(two, "two", tmp_path)
+    (two.folder / "states" / "two" / "model.bias.npy").write_text("something else")
+    with pytest.raises(ArtifactError, match=r"model.bias.npy does not have the SHA-256"):
+        two.state("two")
+    keep(two, "two", tmp_path)
+    assert two.state("two") is not None
+
+
+def test_what_a_killed_process_left_among_the_states_is_swept(
+    two: Registry, tmp_path: Path
+) -> None:
+    (two.folder / "states" / ".two.abc").mkdir(parents=True)
+    keep(two, "two", tmp_path)
+    assert states(two) == ["two"]
+
+
+def test_no_state_is_kept_of_a_version_that_is_not_there(two: Registry, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"no version 'nine'"):
+        keep(two, "nine", tmp_path)
+
+
+def test_a_version_describes_itself_without_being_loaded(two: Registry) -> None:
+    with pytest.raises(RegistryError, match=r"ranker.json cannot be read .*; train again"):
+        two.described("two")
+    (two.path("two") / "ranker.json").write_text('{"provenance": {"seed": 3}}')
+    assert two.described("two")["provenance"] == {"seed": 3}

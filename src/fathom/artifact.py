@@ -21,6 +21,12 @@ class ArtifactError(RuntimeError):
         super().__init__(f"{folder}: {'; '.join(faults)}; restore it from a backup or train again")
 
 
+def seal(folder: Path, version: str) -> None:
+    """Write the manifest of a folder's files, which `verify` holds them to."""
+    hashes = {p.name: files.sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    files.write_json(folder / MANIFEST, {"version": version, "files": hashes})
+
+
 def verify(folder: Path) -> str:
     """Check an artifact's files against its manifest; returns its version.
 

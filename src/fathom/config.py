@@ -213,8 +213,13 @@ class SplitConfig:
 
     def moment(self, name: str) -> datetime:
         """A boundary as an aware moment."""
-        moment = datetime.fromisoformat(getattr(self, name))
-        return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return moment_of(getattr(self, name))
+
+
+def moment_of(text: str) -> datetime:
+    """An aware moment from ISO 8601, UTC by default."""
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 def _zero(value: Any) -> bool:

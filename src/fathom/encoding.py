@@ -508,7 +508,7 @@ class Encoder:
             deep_bags=tuple(bags),
             wide_ids=_stack(wide_single, len(numeric)),
             wide_bags=tuple(wide_bags),
-            label=None if label is None else self._label(_flat(label)),
+            label=None if label is None else outcome(label, self.spec),
             weight=_inverse(frame.get(INCLUSION_PROBABILITY)),
         )
 
@@ -530,11 +530,6 @@ class Encoder:
                 found[name] = known
             start += rows
         return found
-
-    def _label(self, values: NDArray[Any]) -> NDArray[np.float32]:
-        if self.spec.label.values is None:
-            return values.astype(np.float32)
-        return np.asarray(values == self.spec.label.values[-1], np.float32)
 
     def _encode_wide(self, frame: Frame) -> tuple[list[IntArray], list[Ragged]]:
         hashed: dict[str, Keys | Ragged] = {}
@@ -658,11 +653,13 @@ class Encoder:
         )
 
 
-def fit_encoder(frame: Frame, spec: FeatureSpec) -> Encoder:
+def fit_encoder(frame: Frame, spec: FeatureSpec, scalers_of: Encoder | None = None) -> Encoder:
     """Learn vocabularies, quantiles and cross keys; give it the training split only.
 
     Args:
         frame: one row per exposure with every column of the spec (see `complete`).
+        scalers_of: an encoder of the same spec whose quantiles are kept. A model that starts warm
+            has learnt what their positions mean; ones that moved would be another unit.
 
     Raises:
         FrameError: names all absent columns and all that are of the wrong shape or type.
@@ -681,11 +678,23 @@ def fit_encoder(frame: Frame, spec: FeatureSpec) -> Encoder:
             for c in spec.columns
             if c.wide
         },
-        scalers={c.name: Scaler.fit(_flat(frame[c.name])) for c in _scaled(spec)},
+        scalers=(
+            {c.name: Scaler.fit(_flat(frame[c.name])) for c in _scaled(spec)}
+            if scalers_of is None
+            else scalers_of.scalers
+        ),
         crosses={
             c.name: CrossVocabulary.fit(evaluate_cross(c, spec, frame), c) for c in spec.crosses
         },
     )
+
+
+def outcome(label: Values, spec: FeatureSpec) -> NDArray[np.float32]:
+    """(N,) what is learnt of a frame's label: 1 for the last of its values, or the number it is."""
+    values = _flat(label)
+    if spec.label.values is None:
+        return values.astype(np.float32)
+    return np.asarray(values == spec.label.values[-1], np.float32)
 
 
 def _scaled(spec: FeatureSpec) -> list[Column]:

@@ -3,9 +3,12 @@
 from kedro.framework.project import find_pipelines
 from kedro.pipeline import Pipeline
 
-#: Not part of ``kedro run``: skew and outcomes read what a run does not make, tuning and the
-#: comparison train many times, and cross_search proposes what a person pastes.
-APART = frozenset({"comparison", "cross_search", "outcomes", "skew", "tuning"})
+#: Not part of ``kedro run``: skew and outcomes read what a run does not make; tuning, comparison
+#: and replay train many times; cross_search proposes what a person pastes; retraining has a split
+#: of its own.
+APART = frozenset(
+    {"comparison", "cross_search", "outcomes", "replay", "retraining", "skew", "tuning"}
+)
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom import files
-from fathom.artifact import MANIFEST, ArtifactError, verify
+from fathom.artifact import MANIFEST, ArtifactError, seal, verify
 from fathom.batch import Batch, Ragged
 from fathom.config import TrainingConfig
 from fathom.encoding import FIRST_KNOWN, Encoder, Frame, Values, with_ratios
@@ -211,8 +211,7 @@ class Ranker:
         for name, content in (extra or {}).items():
             data = content.encode() if isinstance(content, str) else content
             (folder / name).write_bytes(data)
-        hashes = {p.name: files.sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
-        files.write_json(folder / MANIFEST, {"version": self.version, "files": hashes})
+        seal(folder, self.version)
         return self.version
 
     @classmethod

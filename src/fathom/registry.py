@@ -5,6 +5,8 @@
     registry/
       versions/<version>/…   immutable artifacts (`fathom.ranker`)
       versions/.*            half-written ones; whoever holds the lock removes them
+      states/<version>/…     what its training learnt, optimizers' state too, for warm starts;
+                             of the champions and the newest alone, and never served
       champion.json          the champion and those it replaced, the newest last
       challenger.json        who is tried beside it, if anybody: `Challenge`
       history.jsonl          every change of either, who asked and why
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fathom import files
-from fathom.artifact import ArtifactError, verify
+from fathom.artifact import ArtifactError, seal, verify
 
 if TYPE_CHECKING:
     from fathom.ranker import Ranker
@@ -97,6 +99,18 @@ class Registry:
 
         return Ranker.load(self.path(version))
 
+    def described(self, version: str) -> dict[str, Any]:
+        """What a version says of itself, its settings and provenance, without loading it.
+
+        Raises:
+            RegistryError: there is no such version, or it cannot be read.
+        """
+        path = self.path(version) / "ranker.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RegistryError(f"{path} cannot be read ({error}); train again") from error
+
     def register(self, write: Callable[[Path], str]) -> str:
         """Add a version: ``write`` fills a folder and returns the version's name.
 
@@ -106,8 +120,7 @@ class Registry:
         versions = self.folder / "versions"
         with self._locked():
             versions.mkdir(exist_ok=True)
-            for left in versions.glob(".*"):  # by a process that died: only one works here
-                shutil.rmtree(left, ignore_errors=True)
+            _sweep(versions)
             staging = versions / ".staging"
             staging.mkdir()
             try:
@@ -118,6 +131,42 @@ class Registry:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
             return version
+
+    def keep_state(self, version: str, learnt: Path) -> None:
+        """Keep what a version's training learnt, so that the next one can start from it.
+
+        States of versions that are no champions, nor were before this one, are removed.
+
+        Args:
+            learnt: a folder of flat files (`fathom.checkpoint`); it is copied.
+
+        Raises:
+            RegistryError: there is no such version.
+        """
+        self.path(version)
+        states = self.folder / "states"
+        with self._locked():
+            states.mkdir(exist_ok=True)
+            _sweep(states)
+            if not _is_intact(states / version):
+                with files.replacing(states / version) as temporary:
+                    shutil.copytree(learnt, temporary)
+                    seal(temporary, version)
+            for other in states.iterdir():
+                if other.name not in {*self._stack(), version}:
+                    files.remove(other)
+
+    def state(self, version: str) -> Path | None:
+        """What a version's training learnt; None if it is not kept.
+
+        Raises:
+            ArtifactError: its files are missing or changed.
+        """
+        folder = self.folder / "states" / version
+        if not folder.is_dir():
+            return None
+        verify(folder)
+        return folder
 
     def promote(self, version: str, reason: str, by: str = "pipeline") -> None:
         """Make a version the champion, after checking its files; its challenge ends.
@@ -295,8 +344,14 @@ class Registry:
             ) from error
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what a process left that died here: only one works here at a time."""
+    for left in folder.glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _is_intact(folder: Path) -> bool:
-    """Whether a version is there, whole."""
+    """Whether a version, or its state, is there, whole."""
     try:
         verify(folder)
     except ArtifactError:

@@ -67,11 +67,16 @@ class Epoch:
 
 @dataclass
 class Trained:
-    """A trained model with the weights of its best epoch, and how it got there."""
+    """A trained model with the weights of its best epoch, and how it got there.
+
+    ``folder`` is where these weights lie with the optimizers' state, which another training can
+    start from (`fathom.warm`); it is gone if no folder for checkpoints was given.
+    """
 
     model: Model
     best_epoch: int
     history: list[Epoch] = field(default_factory=list)
+    folder: Path | None = None
 
 
 def train(
@@ -169,7 +174,7 @@ class Run:
         if start is not None:
             start.apply(self.model, self._optimizers)
         self._ceiling = _EXPLODED * _initial_loss(job)
-        self._key = _key(job)
+        self._key = _key(job, start)
         self._epoch, self._batch = 1, 0
         self._total = torch.zeros((), dtype=torch.float64, device=self._device)
         self._best_epoch, self._best_loss = 0, math.inf
@@ -188,7 +193,7 @@ class Run:
         self._group.wait()
         checkpoint.load(self._best, self._weights(), "model.")
         self.model.to("cpu").eval()
-        return Trained(self.model, self._best_epoch, self._history)
+        return Trained(self.model, self._best_epoch, self._history, self._best)
 
     def _spread(self) -> Model:
         """A model with this process's part of each table."""
@@ -433,14 +438,15 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def _key(job: Job) -> str:
-    """What a training is told from others by: its settings and, by samples, its splits."""
+def _key(job: Job, start: WarmStart | None) -> str:
+    """What a training is told from others by: settings, start and, by samples, its splits."""
     settings = job.config.as_dict()
     for name in OF_THE_MACHINE:
         del settings[name]
     splits = (job.training, job.validation)
     samples = [split.fingerprint(max(len(split) // 1000, 1)) for split in splits]
-    known = json.dumps([settings, asdict(job.layout), job.task, samples])
+    begun = start.fingerprint if start else None
+    known = json.dumps([settings, asdict(job.layout), job.task, samples, begun])
     return hashlib.sha256(known.encode()).hexdigest()
 
 

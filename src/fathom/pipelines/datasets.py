@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -68,6 +69,24 @@ class AtomicDataset(AbstractDataset[Any, Any]):
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._path), "dataset": str(self._definition.get("type"))}
+
+
+class RecordDataset(AtomicDataset):
+    """A dataclass of plain values as one JSON file.
+
+    Args:
+        type_: its class, by path.
+    """
+
+    def __init__(self, filepath: str, type_: str, metadata: dict[str, Any] | None = None) -> None:
+        super().__init__({"type": "json.JSONDataset", "filepath": filepath}, metadata=metadata)
+        self._type = type_
+
+    def load(self) -> Any:
+        return load_obj(self._type)(**super().load())
+
+    def save(self, data: Any) -> None:
+        super().save(dataclasses.asdict(data))
 
 
 class TableDataset(AbstractDataset[Any, Any]):

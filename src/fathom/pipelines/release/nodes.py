@@ -25,6 +25,9 @@ else:
     Table = Ranker = Any
 
 
+log = logging.getLogger(__name__)
+
+
 class ReleaseConfig(BaseModel):
     """What travels with a ranker, and how fast it must answer (``params:release``).
 
@@ -58,6 +61,7 @@ def write_card(
 
 def register(
     candidate: Ranker,
+    training_state: dict[str, Any],
     predictions: Table,
     validation_frame: Table,
     test_frame: Table,
@@ -68,6 +72,8 @@ def register(
 ) -> dict[str, Any]:
     """Add the candidate to the registry, with its golden requests and its reference.
 
+    What its training learnt is kept beside it, for the next one to start from.
+
     Returns:
         Its version, as a receipt for its files.
     """
@@ -75,6 +81,7 @@ def register(
     from fathom.feature_store import frame_of
     from fathom.ranker import rows_of_frame
     from fathom.registry import Registry
+    from fathom.warm import is_of
 
     spec = candidate.spec
     draw = np.random.default_rng(config.seed)
@@ -100,6 +107,11 @@ def register(
             },
         )
     )
+    learnt = Path(training_state["folder"])
+    if is_of(learnt, candidate.model):
+        versions.keep_state(version, learnt)
+    else:
+        log.warning("%s is of another training: nothing can start warm from %s", learnt, version)
     return {"version": version, "covers": [str(versions.path(version))]}
 
 

@@ -29,6 +29,7 @@ def create_pipeline() -> Pipeline:
                 name="register",
                 inputs=[
                     "candidate",
+                    "training_state",
                     "predictions",
                     "validation_frame",
                     "test_frame",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
     from fathom.encoding import Encoder
     from fathom.ranker import Ranker
     from fathom.tower import Tower
+    from fathom.training import Trained
 else:
-    Table = Batch = Encoder = Ranker = Tower = Any
+    Table = Batch = Encoder = Ranker = Tower = Trained = Any
 
 #: What is kept of each epoch. No times: the same training leaves the same bytes.
 _CURVES = ("epoch", "train_loss", "validation_loss", "wide_zero_share")
@@ -49,14 +49,14 @@ def encode_train(train_frame: Table, spec: FeatureSpec) -> tuple[Encoder, Batch]
     """Fit the encoder on the training split, and on nothing else, and encode that."""
     from fathom.encoding import fit_encoder
 
-    frame = _frame(train_frame, spec)
+    frame = frame_of_split(train_frame, spec)
     encoder = fit_encoder(frame, spec)
     return encoder, encoder.encode(frame)
 
 
 def encode(encoder: Encoder, split_frame: Table) -> Batch:
     """Encode another split."""
-    return encoder.encode(_frame(split_frame, encoder.spec))
+    return encoder.encode(frame_of_split(split_frame, encoder.spec))
 
 
 def describe_job(encoder: Encoder, training: TrainingConfig) -> dict[str, Any]:
@@ -91,52 +91,40 @@ def train_candidate(
     split: SplitConfig,
     checkpoints: str,
     tracking: TrackingConfig,
-) -> tuple[Ranker, str, list[dict[str, Any]]]:
+) -> tuple[Ranker, str, list[dict[str, Any]], dict[str, Any]]:
     """Train a model jointly, from the last checkpoint of the same training if there is one.
 
     Returns:
-        The candidate ranker, its version, and what each epoch gave.
+        The candidate ranker, its version, what each epoch gave, and where what it learnt is kept.
     """
-    import fathom
-    from fathom.hardware import hardware
     from fathom.ranker import Ranker
+    from fathom.retraining import attempt, provenance
     from fathom.tracking import reporting
-    from fathom.training import train
 
     with reporting(tracking, training) as report:
-        trained = train(
-            encoder.layout,
-            train_batch,
-            validation_batch,
-            training,
-            encoder.spec.task,
-            Path(checkpoints),
-            report,
-        )
-    provenance = {
-        "seed": training.seed,
-        # Of all that the model was trained on and stopped by; of nothing that came later.
-        "data_hash": hashlib.sha256(
-            (train_batch.fingerprint() + validation_batch.fingerprint()).encode()
-        ).hexdigest(),
-        "code_version": fathom.__version__,
-        "hardware": hardware(),
-        "trained_from": split.train_from,
-        "trained_until": split.validation_from,
-        "rows": {"train": len(train_batch), "validation": len(validation_batch)},
-        "best_epoch": trained.best_epoch,
-        "parameters": sum(weight.numel() for weight in trained.model.parameters()),
-        "wide_zero_share": trained.history[trained.best_epoch - 1].wide_zero_share,
-    }
-    ranker = Ranker(encoder, trained.model, training, provenance, tower)
-    curves = [{name: getattr(epoch, name) for name in _CURVES} for epoch in trained.history]
-    return ranker, ranker.version, curves
+        batches = (train_batch, validation_batch)
+        found = attempt("fresh", encoder, batches, training, Path(checkpoints), report)
+    trained = found.trained
+    described = provenance(found, training, split)
+    ranker = Ranker(encoder, trained.model, training, described, tower)
+    return ranker, ranker.version, curves(trained), learnt(trained)
 
 
-def _frame(rows: Table, spec: FeatureSpec) -> Any:
+def curves(trained: Trained) -> list[dict[str, Any]]:
+    """What each epoch gave."""
+    return [{name: getattr(epoch, name) for name in _CURVES} for epoch in trained.history]
+
+
+def learnt(trained: Trained) -> dict[str, Any]:
+    """Where the best weights and the optimizers' state are, as a receipt for them."""
+    return {"folder": str(trained.folder), "covers": [str(trained.folder)]}
+
+
+def frame_of_split(rows: Table, spec: FeatureSpec, *more: str) -> Any:
+    """A split as a frame: label, inclusion probability, the spec's columns, and ``more``."""
     from fathom.feature_store import frame_of
 
-    own = (spec.label.name, INCLUSION_PROBABILITY)
+    own = (spec.label.name, INCLUSION_PROBABILITY, *more)
     columns = dict.fromkeys([*own, *(column.name for column in spec.columns)])
     return frame_of(rows.select(*columns).to_pyarrow())
 

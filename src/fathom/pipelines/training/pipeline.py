@@ -13,14 +13,18 @@ from fathom.pipelines.training.nodes import (
 )
 
 
-def create_pipeline() -> Pipeline:
-    """Split, fit the encoder on the training split, encode all splits, train tower and ranker."""
+def create_pipeline(split: str = "params:split") -> Pipeline:
+    """Split, fit the encoder on the training split, encode all splits, train tower and ranker.
+
+    Args:
+        split: the dataset that says where time divides the exposures.
+    """
     return Pipeline(
         [
             Node(
                 split_frame,
                 name="split_frame",
-                inputs=["training_frame", "params:split"],
+                inputs=["training_frame", split],
                 outputs=["train_frame", "validation_frame", "test_frame"],
                 tags="training",
             ),
@@ -68,11 +72,11 @@ def create_pipeline() -> Pipeline:
                     "train_batch",
                     "validation_batch",
                     "params:training",
-                    "params:split",
+                    split,
                     "params:checkpoints",
                     "params:tracking",
                 ],
-                outputs=["candidate", "candidate_version", "training_curves"],
+                outputs=["candidate", "candidate_version", "training_curves", "training_state"],
                 tags="training",
             ),
             Node(

@@ -1,0 +1,95 @@
+"""Nodes of the retraining pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fathom.config import SplitConfig, TrainingConfig
+from fathom.evaluation import EvaluationConfig
+from fathom.pipelines.training.nodes import curves, frame_of_split, learnt, train_tower
+from fathom.retraining import RetrainingConfig
+from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
+from fathom.tower import TowerConfig
+from fathom.tracking import TrackingConfig
+
+if TYPE_CHECKING:
+    from ibis.expr.types import Table
+
+    from fathom.encoding import Encoder
+    from fathom.ranker import Ranker
+else:
+    Table = Encoder = Ranker = Any
+
+
+def plan_retraining(
+    training_frame: Table,
+    spec: FeatureSpec,
+    split: SplitConfig,
+    config: RetrainingConfig,
+    registry: str,
+) -> tuple[SplitConfig, dict[str, str | None]]:
+    """Lay the windows of a retraining so that the newest labelled exposures are the test's.
+
+    Args:
+        split: says where training begins while there is no champion.
+
+    Returns:
+        The split, and the ``version`` that is challenged, or None.
+    """
+    from fathom import retraining
+    from fathom.registry import Registry
+
+    versions = Registry(Path(registry))
+    version = versions.champion()
+    train_from = split.moment("train_from")
+    if version is not None:
+        train_from = retraining.trained_from(versions.described(version)["provenance"])
+    labelled = training_frame.filter(training_frame[spec.label.name].notnull())
+    newest = retraining.utc(labelled[EVENT_TIMESTAMP].max().to_pyarrow().as_py())
+    planned = retraining.newest_split(newest, spec, config, train_from)
+    return planned, {"version": retraining.challenged(versions, planned)}
+
+
+def retrain_champion(
+    train_frame: Table,
+    validation_frame: Table,
+    base: dict[str, str | None],
+    split: SplitConfig,
+    spec: FeatureSpec,
+    training: TrainingConfig,
+    config: RetrainingConfig,
+    evaluation: EvaluationConfig,
+    retrieval: TowerConfig,
+    registry: str,
+    checkpoints: str,
+    tracking: TrackingConfig,
+) -> tuple[
+    Encoder, Ranker, str, list[dict[str, Any]], dict[str, Any], dict[str, Any], dict[str, Any]
+]:
+    """Train a challenger of the champion: warm from it, or fresh.
+
+    Returns:
+        Its encoder, the candidate ranker, its version, what each epoch gave, where what it learnt
+        is kept, what its tower retrieves, and how it was trained.
+    """
+    from fathom import retraining
+    from fathom.ranker import Ranker
+    from fathom.registry import Registry
+    from fathom.tracking import reporting
+
+    recipe = retraining.Recipe(spec, training, config, evaluation)
+    found, reason = retraining.base_of(Registry(Path(registry)), base["version"], recipe)
+    more = (*spec.keys, EVENT_TIMESTAMP)
+    learnt_from = retraining.Window(frame_of_split(train_frame, spec, *more))
+    validation = retraining.Window(frame_of_split(validation_frame, spec, *more))
+    with reporting(tracking, training) as report:
+        folder = Path(checkpoints) / "retraining"
+        done = retraining.retrain(learnt_from, validation, recipe, found, reason, folder, report)
+    best = done.chosen
+    everything = best.encoder.encode(learnt_from.frame)
+    tower, retrieved = train_tower(best.encoder, everything, best.validation_batch, retrieval)
+    described = retraining.provenance(best, training, split, base["version"])
+    ranker = Ranker(best.encoder, best.trained.model, training, described, tower)
+    kept = (curves(best.trained), learnt(best.trained), retrieved, done.as_dict())
+    return best.encoder, ranker, ranker.version, *kept

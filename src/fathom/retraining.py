@@ -1,0 +1,475 @@
+"""Retraining that is safe to leave alone: warm from the champion, fresh where that does not hold.
+
+A warm start goes on from the champion's weights and optimizer states on what it has not seen, and
+on some of what it has (rehearsal; Robins 1995, "Catastrophic forgetting, rehearsal and
+pseudorehearsal"). Vocabularies and crosses are fitted anew and rows carried by key
+(`fathom.warm`); numeric scalers are the champion's, since its weights know their positions. A
+fresh start fits all anew on all the data.
+
+The warm one is compared with the champion on the validation window, never on the test window,
+which is the gate's. If it may be worse by more than a margin, or fails, a fresh one is trained too,
+and the better of the two goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+import fathom
+from fathom.artifact import ArtifactError
+from fathom.batch import Batch, Ragged
+from fathom.config import OF_THE_MACHINE, SplitConfig, TrainingConfig, moment_of
+from fathom.encoding import Encoder, Frame, fit_encoder, outcome
+from fathom.evaluation import LOSS, EvaluationConfig, Interval, Predictions, paired_interval
+from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
+
+if TYPE_CHECKING:
+    from fathom.ranker import Ranker
+    from fathom.registry import Registry
+    from fathom.training import Report, Trained
+    from fathom.warm import WarmStart
+
+Start = Literal["warm", "fresh"]
+log = logging.getLogger(__name__)
+
+
+class RetrainingConfig(BaseModel):
+    """When and how the champion is trained again (``params:retraining``).
+
+    Args:
+        train_days: days of training before the validation window; None: from where the champion's
+            training began.
+        validation_days, test_days: the newest labelled days: the test window, which the gate looks
+            at, comes last; the validation window lies before it.
+        start: ``warm`` from what the champion has learnt, or always ``fresh``.
+        rehearsal: share of the champion's own training rows that a warm start learns again.
+        warm_rate: what a warm start multiplies the layers' learning rate by: they have been learnt
+            from far more than they learn now. Embeddings keep theirs, for those of new ids.
+        fresh_margin: a warm start is good enough if its loss on the validation window exceeds the
+            champion's by less than this, at the interval's upper end; else a fresh one is tried.
+        seed: of the draw of rows to rehearse.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    train_days: int | None = Field(default=None, ge=1)
+    validation_days: int = Field(default=7, ge=1)
+    test_days: int = Field(default=14, ge=1)
+    start: Start = "warm"
+    rehearsal: float = Field(default=0.1, ge=0, le=1)
+    warm_rate: float = Field(default=0.3, gt=0)
+    fresh_margin: float = Field(default=0.002, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how; the same for every training of a deployment."""
+
+    spec: FeatureSpec
+    training: TrainingConfig
+    retraining: RetrainingConfig
+    evaluation: EvaluationConfig
+
+
+@dataclass(frozen=True)
+class Base:
+    """Whom a training may start from: a ranker, and what its training kept (`fathom.warm`)."""
+
+    version: str
+    ranker: Ranker
+    state: Path
+
+
+@dataclass(frozen=True)
+class Window:
+    """Labelled exposures of a span of time.
+
+    Args:
+        frame: every column of the spec, the label, and ``event_timestamp``; of the validation
+            window the keys of users and requests too.
+    """
+
+    frame: Frame
+
+    @property
+    def moments(self) -> NDArray[np.datetime64]:
+        """(N,) when each exposure was, UTC."""
+        moments = self.frame[EVENT_TIMESTAMP]
+        assert not isinstance(moments, Ragged)
+        return moments.astype("datetime64[us]")
+
+    def predictions(self, spec: FeatureSpec, scores: NDArray[Any]) -> Predictions:
+        """What was predicted for each exposure, and what came of it."""
+
+        def codes(name: str) -> NDArray[np.int64]:
+            values = self.frame[name]
+            assert not isinstance(values, Ragged)
+            return np.unique(values.astype(str), return_inverse=True)[1].astype(np.int64)
+
+        return Predictions(
+            label=outcome(self.frame[spec.label.name], spec).astype(np.float64),
+            probability=scores,
+            user=codes(spec.entities.user),
+            request=codes(spec.entities.request),
+            task=spec.task,
+        )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One training of a retraining.
+
+    Args:
+        steps, examples: that it took, repeated passes counted.
+        against: its validation loss less the champion's, where both were compared.
+    """
+
+    start: Start
+    encoder: Encoder
+    trained: Trained
+    training_batch: Batch
+    validation_batch: Batch
+    steps: int
+    examples: int
+    against: Interval | None = None
+
+    @property
+    def loss(self) -> float:
+        """The validation loss of the weights that were kept."""
+        return self.trained.history[self.trained.best_epoch - 1].validation_loss
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining ends with.
+
+    Args:
+        chosen: the attempt that goes on to the gate.
+        attempts: all, in order; more than one if the warm start was not good enough.
+        base: the version it could have started from, or None.
+        reason: why it started as it did.
+    """
+
+    chosen: Attempt
+    attempts: tuple[Attempt, ...]
+    base: str | None
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """How it went, as plain values."""
+        attempts = [
+            {
+                "start": tried.start,
+                "steps": tried.steps,
+                "examples": tried.examples,
+                "validation_loss": tried.loss,
+                "against_champion": asdict(tried.against) if tried.against else None,
+            }
+            for tried in self.attempts
+        ]
+        return {
+            "start": self.chosen.start,
+            "from": self.base,
+            "reason": self.reason,
+            "attempts": attempts,
+        }
+
+
+# -- when ----------------------------------------------------------------------------------------
+
+
+def newest_split(
+    newest: datetime, spec: FeatureSpec, config: RetrainingConfig, train_from: datetime
+) -> SplitConfig:
+    """The split that ends with the newest labelled exposure.
+
+    It moves by whole steps of the features' time, so that a few more rows of the same day change
+    nothing.
+
+    Args:
+        train_from: where training begins unless ``train_days`` says so.
+    """
+    origin = spec.grain_origin
+    end = origin + math.ceil((newest - origin) / spec.grain) * spec.grain
+    test = end - timedelta(days=config.test_days)
+    validation = test - timedelta(days=config.validation_days)
+    if config.train_days is not None:
+        train_from = validation - timedelta(days=config.train_days)
+    moments = [moment.isoformat() for moment in (train_from, validation, test)]
+    return SplitConfig(*moments)
+
+
+def challenged(registry: Registry, split: SplitConfig) -> str | None:
+    """Whom a retraining on a split starts from and challenges: the champion.
+
+    If the champion is what this very retraining has made, then whom that one started from: a run
+    that is repeated after the promotion finds everything as it left it.
+    """
+    version = registry.champion()
+    if version is None:
+        return None
+    provenance = registry.described(version)["provenance"]
+    if trained_until(provenance) == split.moment("validation_from"):
+        started: str | None = provenance.get("from")
+        return started
+    return version
+
+
+def utc(moment: datetime) -> datetime:
+    """A moment of a table, whose moments are UTC, as an aware one."""
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def trained_from(provenance: Mapping[str, Any]) -> datetime:
+    """Where a ranker's training data begin."""
+    return moment_of(provenance["trained_from"])
+
+
+def trained_until(provenance: Mapping[str, Any]) -> datetime:
+    """Where a ranker's training data end."""
+    return moment_of(provenance["trained_until"])
+
+
+def base_of(registry: Registry, version: str | None, recipe: Recipe) -> tuple[Base | None, str]:
+    """What a warm start can go on from.
+
+    Returns:
+        The version and what its training kept, or None, and the reason in words.
+    """
+    if recipe.retraining.start == "fresh":
+        return None, "params:retraining asks for a fresh start"
+    if version is None:
+        return None, "there is no champion to start from"
+    try:
+        state = registry.state(version)
+    except ArtifactError as error:
+        return None, f"the state of {version} cannot be used: {error}"
+    if state is None:
+        return None, f"the registry keeps no state of {version}"
+    ranker = registry.load(version)
+    if ranker.spec.hash != recipe.spec.hash:
+        return None, f"the feature spec is no longer that of {version}"
+    mine, theirs = (_of_the_model(settings) for settings in (recipe.training, ranker.config))
+    changed = [name for name in mine if mine[name] != theirs[name]]
+    if changed:
+        return None, f"settings are no longer those of {version}: {', '.join(changed)}"
+    return Base(version, ranker, state), f"the champion is {version}"
+
+
+def _of_the_model(training: TrainingConfig) -> dict[str, Any]:
+    apart = (*OF_THE_MACHINE, "seed")
+    return {name: value for name, value in training.as_dict().items() if name not in apart}
+
+
+# -- how -----------------------------------------------------------------------------------------
+
+
+def retrain(
+    training_window: Window,
+    validation_window: Window,
+    recipe: Recipe,
+    base: Base | None,
+    reason: str,
+    folder: Path,
+    report: Report | None = None,
+) -> Retrained:
+    """Train a challenger: warm from ``base`` if there is one and that is good enough, else fresh.
+
+    Args:
+        base, reason: of `base_of`.
+        folder: where checkpoints are kept; a retraining that was killed goes on from there.
+    """
+    from fathom.training import TrainingError
+
+    def fresh() -> Attempt:
+        encoder = fit_encoder(training_window.frame, recipe.spec)
+        batches = _encoded(encoder, training_window.frame, validation_window.frame)
+        return attempt("fresh", encoder, batches, recipe.training, folder / "fresh", report)
+
+    def only(found: Attempt, why: str) -> Retrained:
+        return _said(Retrained(found, (found,), base.version if base else None, why))
+
+    if base is None:
+        return only(fresh(), reason)
+    until = np.datetime64(trained_until(base.ranker.provenance).replace(tzinfo=None), "us")
+    rows = warm_rows(training_window.moments, until, recipe.retraining)
+    if not (training_window.moments >= until).any():
+        return only(fresh(), f"there is nothing newer than what {base.version} was trained on")
+    warm, trouble = None, ""
+    try:
+        warm = _warm(
+            training_window, validation_window, rows, recipe, base, folder / "warm", report
+        )
+        trouble = _trouble(warm, recipe)
+    except TrainingError as error:
+        trouble = f"it ends with: {error}"
+    if warm is not None and not trouble:
+        return only(warm, reason)
+    log.info("a warm start is not good enough: %s", trouble)
+    attempts = tuple(tried for tried in (warm, fresh()) if tried is not None)
+    best = min(attempts, key=lambda tried: tried.loss)
+    why = f"{reason}; a warm start is not good enough: {trouble}; the {best.start} one is better"
+    return _said(Retrained(best, attempts, base.version, why))
+
+
+def _trouble(warm: Attempt, recipe: Recipe) -> str:
+    """Why a warm start is not good enough, in words; empty if it is."""
+    margin = recipe.retraining.fresh_margin
+    if warm.against is None:
+        return "its validation loss against the champion's is undefined"
+    if warm.against.hi < margin:
+        return ""
+    return (
+        f"its validation loss differs from the champion's by {warm.against.difference:+.5f}, at "
+        f"worst by {warm.against.hi:+.5f}, and the margin is {margin:+.5f}"
+    )
+
+
+def _against(base: Base, warm: Attempt, window: Window, recipe: Recipe) -> Attempt:
+    """A warm start, with its validation loss less that of what it started from."""
+    from fathom.ranker import Ranker
+
+    challenger = Ranker(warm.encoder, warm.trained.model, recipe.training)
+    sides = (base.ranker.score(window.frame), challenger.score_batch(warm.validation_batch))
+    champion, ours = (window.predictions(recipe.spec, scores) for scores in sides)
+    found = paired_interval(champion, ours, recipe.evaluation)[LOSS[recipe.spec.task]]
+    return replace(warm, against=found)
+
+
+def warm_rows(
+    moments: NDArray[np.datetime64], until: np.datetime64, config: RetrainingConfig
+) -> NDArray[np.int64]:
+    """The rows that a warm start learns: all since ``until``, and a draw of the older ones.
+
+    Args:
+        moments: (N,) when each exposure was.
+    """
+    older = np.flatnonzero(moments < until)
+    draw = np.random.default_rng(config.seed)
+    again = draw.choice(older, round(config.rehearsal * len(older)), replace=False)
+    return np.sort(np.concatenate([again, np.flatnonzero(moments >= until)]))
+
+
+def _warm(
+    training_window: Window,
+    validation_window: Window,
+    rows: NDArray[np.int64],
+    recipe: Recipe,
+    base: Base,
+    folder: Path,
+    report: Report | None,
+) -> Attempt:
+    from fathom.warm import WarmStart
+
+    known = base.ranker.encoder
+    encoder = fit_encoder(training_window.frame, recipe.spec, scalers_of=known)
+    start = WarmStart(base.state, known.layout, base.ranker.config, encoder.rows_of(known))
+    rate = recipe.training.deep_learning_rate * recipe.retraining.warm_rate
+    slower = replace(recipe.training, deep_learning_rate=rate)
+    batches = _encoded(encoder, take(training_window.frame, rows), validation_window.frame)
+    warm = attempt("warm", encoder, batches, slower, folder, report, start)
+    return _against(base, warm, validation_window, recipe)
+
+
+def _encoded(encoder: Encoder, training: Frame, validation: Frame) -> tuple[Batch, Batch]:
+    return encoder.encode(training), encoder.encode(validation)
+
+
+def attempt(
+    kind: Start,
+    encoder: Encoder,
+    batches: tuple[Batch, Batch],
+    training: TrainingConfig,
+    folder: Path,
+    report: Report | None = None,
+    start: WarmStart | None = None,
+) -> Attempt:
+    """Train once, from the last checkpoint of the same training if there is one.
+
+    Args:
+        batches: what is learnt, and the validation window.
+        start: what it starts from, or None for random weights.
+    """
+    from fathom.training import train
+
+    task = encoder.spec.task
+    trained = train(encoder.layout, *batches, training, task, folder, report, start)
+    passes, rows = len(trained.history), len(batches[0])
+    steps = passes * math.ceil(rows / training.batch_size)
+    return Attempt(kind, encoder, trained, *batches, steps, passes * rows)
+
+
+def provenance(
+    of: Attempt, training: TrainingConfig, split: SplitConfig, base: str | None = None
+) -> dict[str, Any]:
+    """Where a model comes from. No times: the same training leaves the same bytes.
+
+    Args:
+        base: the version that a retraining could start from.
+    """
+    from fathom.hardware import hardware
+
+    batches = (of.training_batch, of.validation_batch)
+    trained = of.trained
+    return {
+        "seed": training.seed,
+        # Of all that the model was trained on and stopped by; of nothing that came later.
+        "data_hash": hashlib.sha256(
+            "".join(batch.fingerprint() for batch in batches).encode()
+        ).hexdigest(),
+        "code_version": fathom.__version__,
+        "hardware": hardware(),
+        "trained_from": split.train_from,
+        "trained_until": split.validation_from,
+        "rows": {"train": len(batches[0]), "validation": len(batches[1])},
+        "best_epoch": trained.best_epoch,
+        "parameters": sum(weight.numel() for weight in trained.model.parameters()),
+        "wide_zero_share": trained.history[trained.best_epoch - 1].wide_zero_share,
+        "start": of.start,
+        "from": base,
+        "steps": of.steps,
+        "examples": of.examples,
+    }
+
+
+def base_from(done: Retrained, training: TrainingConfig, split: SplitConfig) -> Base:
+    """What a retraining ended with, as what the next one can start from; without a tower."""
+    from fathom.ranker import Ranker
+
+    trained = done.chosen.trained
+    described = provenance(done.chosen, training, split, done.base)
+    ranker = Ranker(done.chosen.encoder, trained.model, training, described)
+    assert trained.folder is not None
+    return Base(ranker.version, ranker, trained.folder)
+
+
+def take(frame: Frame, rows: NDArray[np.int64]) -> Frame:
+    """The rows of a frame at ``rows``, in that order."""
+    return {
+        name: values.take(rows) if isinstance(values, Ragged) else values[rows]
+        for name, values in frame.items()
+    }
+
+
+def _said(retrained: Retrained) -> Retrained:
+    chosen = retrained.chosen
+    log.info(
+        "%s start, %s steps: validation loss %.5f (%s)",
+        chosen.start,
+        f"{chosen.steps:,}",
+        chosen.loss,
+        retrained.reason,
+    )
+    return retrained

@@ -1,0 +1,348 @@
+"""Retraining: warm from the champion where that holds, fresh where it does not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fathom.config import SplitConfig, TrainingConfig
+from fathom.encoding import Encoder, Vocabulary, fit_encoder
+from fathom.evaluation import EvaluationConfig
+from fathom.models import build, score
+from fathom.ranker import Ranker
+from fathom.registry import Registry
+from fathom.retraining import (
+    Attempt,
+    Base,
+    Recipe,
+    RetrainingConfig,
+    Window,
+    attempt,
+    base_of,
+    challenged,
+    newest_split,
+    provenance,
+    retrain,
+    take,
+    warm_rows,
+)
+from fathom.spec import FeatureSpec
+from fathom.step import Optimizers
+from fathom.warm import WarmStart
+from small_ranker import SPEC, START, plain_frame
+
+TRAINING = TrainingConfig(hidden=(8,), epochs=1, batch_size=32, device="cpu", threads=1)
+RECIPE = Recipe(
+    SPEC,
+    TRAINING,
+    RetrainingConfig(rehearsal=0.25, fresh_margin=10.0),
+    EvaluationConfig(resamples=20),
+)
+#: Sixty days with twenty exposures each: the champion saw the first thirty.
+DAYS, A_DAY, SEEN = 60, 20, 30
+SPLIT = SplitConfig("2024-01-01", "2024-01-31", "2024-02-07")
+
+
+def window(first: int, last: int) -> Window:
+    """The exposures of some days. From day 40 on one user in four is one never seen before."""
+    rows = DAYS * A_DAY
+    frame = plain_frame(rows)
+    days = np.repeat(np.arange(DAYS), A_DAY)
+    users = frame["user_id"].copy()
+    users[(days >= 40) & (np.arange(rows) % 4 == 0)] = "newcomer"
+    moments = np.datetime64(START.replace(tzinfo=None), "us") + days * np.timedelta64(1, "D")
+    requests = np.array([f"r{row // 5}" for row in range(rows)], object)
+    frame |= {"user_id": users, "event_timestamp": moments, "request_id": requests}
+    return Window(take(frame, np.flatnonzero((days >= first) & (days < last))))
+
+
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """Trained on the first thirty days."""
+    encoder = fit_encoder(window(0, SEEN).frame, SPEC)
+    batches = (encoder.encode(window(0, SEEN).frame), encoder.encode(window(SEEN, 37).frame))
+    found = attempt("fresh", encoder, batches, TRAINING, tmp_path_factory.mktemp("champion"))
+    described = provenance(found, TRAINING, SPLIT)
+    ranker = Ranker(encoder, found.trained.model, TRAINING, described)
+    assert found.trained.folder is not None
+    return Base(ranker.version, ranker, found.trained.folder)
+
+
+@pytest.fixture
+def registry(champion: Base, tmp_path: Path) -> Registry:
+    """Where that one is champion, and its state is kept."""
+    found = Registry(tmp_path / "registry")
+    found.register(champion.ranker.save)
+    found.keep_state(champion.version, champion.state)
+    found.promote(champion.version, "the first")
+    return found
+
+
+def retrained(base: Base | None, folder: Path, recipe: Recipe = RECIPE) -> Any:
+    """On the days up to 50, validated on the seven that follow."""
+    return retrain(window(0, 50), window(50, 57), recipe, base, "as asked", folder)
+
+
+# -- when ----------------------------------------------------------------------------------------
+
+
+def test_the_newest_exposures_are_the_gates() -> None:
+    """Steps begin at six: the newest exposure, of the 20th at noon, is of the step to the 21st."""
+    spec = SPEC.model_copy(update={"grain_origin": datetime(2024, 1, 1, 6, tzinfo=timezone.utc)})
+    newest = datetime(2024, 3, 20, 12, tzinfo=timezone.utc)
+    split = newest_split(newest, spec, RetrainingConfig(), START)
+    assert split == SplitConfig(
+        "2024-01-01T00:00:00+00:00", "2024-02-29T06:00:00+00:00", "2024-03-07T06:00:00+00:00"
+    )
+    assert split == newest_split(newest + timedelta(hours=9), spec, RetrainingConfig(), START)
+    short = newest_split(newest, spec, RetrainingConfig(train_days=14), START)
+    assert short.train_from == "2024-02-15T06:00:00+00:00"
+
+
+def test_a_run_that_is_repeated_after_the_promotion_challenges_the_same(
+    champion: Base, registry: Registry
+) -> None:
+    later = SplitConfig("2024-01-01", "2024-02-20", "2024-02-27")
+    assert challenged(registry, later) == champion.version
+    described = champion.ranker.provenance | {
+        "trained_until": "2024-02-20T00:00:00+00:00",
+        "from": champion.version,
+    }
+    successor = replace(champion.ranker, provenance=described)
+    registry.promote(registry.register(successor.save), "better")
+    assert registry.champion() != champion.version
+    assert challenged(registry, later) == champion.version  # not the one it has made itself
+    assert challenged(registry, SplitConfig("2024-01-01", "2024-02-27", "2024-03-05")) == (
+        successor.version
+    )
+
+
+def test_without_a_champion_nobody_is_challenged(tmp_path: Path) -> None:
+    assert challenged(Registry(tmp_path), SPLIT) is None
+
+
+# -- what it starts from -------------------------------------------------------------------------
+
+
+def test_a_kept_state_is_what_a_warm_start_goes_on_from(champion: Base, registry: Registry) -> None:
+    base, reason = base_of(registry, champion.version, RECIPE)
+    assert base is not None
+    assert base.state == registry.folder / "states" / champion.version
+    assert reason == f"the champion is {champion.version}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        (replace(RECIPE, retraining=RetrainingConfig(start="fresh")), "asks for a fresh start"),
+        (replace(RECIPE, training=replace(TRAINING, hidden=(9,))), "settings .* of .*: hidden"),
+        (
+            replace(
+                RECIPE,
+                spec=FeatureSpec.model_validate(
+                    SPEC.model_dump(exclude_defaults=True) | {"crosses": []}
+                ),
+            ),
+            "the feature spec is no longer that of",
+        ),
+    ],
+)
+def test_what_has_changed_starts_fresh(
+    champion: Base, registry: Registry, recipe: Recipe, reason: str
+) -> None:
+    base, why = base_of(registry, champion.version, recipe)
+    assert base is None
+    assert re.search(reason, why)
+
+
+def test_settings_of_the_machine_and_the_seed_are_no_change(
+    champion: Base, registry: Registry
+) -> None:
+    other = replace(TRAINING, threads=2, seed=1, checkpoint_seconds=0)
+    assert base_of(registry, champion.version, replace(RECIPE, training=other))[0] is not None
+
+
+def test_without_a_usable_state_it_starts_fresh(champion: Base, registry: Registry) -> None:
+    assert base_of(registry, None, RECIPE) == (None, "there is no champion to start from")
+    weights = registry.folder / "states" / champion.version / "model.bias.npy"
+    weights.write_bytes(b"")
+    base, why = base_of(registry, champion.version, RECIPE)
+    assert base is None
+    assert "model.bias.npy does not have the SHA-256" in why
+    (registry.folder / "states").rename(registry.folder / "elsewhere")
+    base, why = base_of(registry, champion.version, RECIPE)
+    assert base is None
+    assert why == f"the registry keeps no state of {champion.version}"
+
+
+# -- how -----------------------------------------------------------------------------------------
+
+
+def test_a_warm_start_learns_what_is_new_and_some_of_what_is_old() -> None:
+    days = np.datetime64("2024-01-01", "us") + np.arange(100) * np.timedelta64(1, "D")
+    rows = warm_rows(days, days[80], RetrainingConfig(rehearsal=0.1))
+    assert rows[-20:].tolist() == list(range(80, 100))
+    assert len(rows) == 28
+    assert len(set(rows.tolist())) == 28
+    assert rows.tolist() == warm_rows(days, days[80], RetrainingConfig(rehearsal=0.1)).tolist()
+    assert (
+        warm_rows(days, days[80], RetrainingConfig(rehearsal=0.0)).tolist() == rows[-20:].tolist()
+    )
+
+
+def test_a_warm_start_keeps_the_scalers_and_learns_new_ids(champion: Base, tmp_path: Path) -> None:
+    done = retrained(champion, tmp_path)
+    (warm,) = done.attempts
+    assert done.chosen is warm
+    assert warm.start == "warm"
+    assert done.base == champion.version
+    known, found = champion.ranker.encoder, warm.encoder
+    for name, scaler in known.scalers.items():
+        assert found.scalers[name].quantiles.tobytes() == scaler.quantiles.tobytes()
+    assert "newcomer" in found.wide["user_id"].values
+    assert "newcomer" not in known.wide["user_id"].values
+    # Twenty days of twenty are new; a quarter of the thirty before is learnt again.
+    assert warm.examples == 400 + 150
+    assert warm.steps == 18  # of 32
+    assert warm.against is not None
+    assert warm.against.hi < 10
+
+
+def test_a_fresh_start_fits_all_anew(champion: Base, tmp_path: Path) -> None:
+    done = retrained(None, tmp_path)
+    assert [tried.start for tried in done.attempts] == ["fresh"]
+    assert done.reason == "as asked"
+    assert done.base is None
+    name = "user_purchases"
+    everything = fit_encoder(window(0, 50).frame, SPEC)
+    for encoder, same in ((everything, True), (champion.ranker.encoder, False)):
+        found = done.chosen.encoder.scalers[name].quantiles
+        assert np.array_equal(found, encoder.scalers[name].quantiles) is same
+    assert done.chosen.examples == 1000
+
+
+def test_a_warm_start_that_is_not_good_enough_is_backed_by_a_fresh_one(
+    champion: Base, tmp_path: Path
+) -> None:
+    """Rates that are too high spoil it, which the validation window shows."""
+    config = RetrainingConfig(warm_rate=160.0)
+    done = retrained(champion, tmp_path, replace(RECIPE, retraining=config))
+    warm, fresh = done.attempts
+    assert warm.against is not None
+    assert warm.against.hi >= config.fresh_margin
+    assert fresh.loss < warm.loss
+    assert done.chosen is fresh
+    assert "the fresh one is better" in done.reason
+    plain = done.as_dict()
+    assert plain["start"] == "fresh"
+    assert plain["from"] == champion.version
+    assert [tried["start"] for tried in plain["attempts"]] == ["warm", "fresh"]
+
+
+def test_a_warm_start_that_cannot_be_trained_is_followed_by_a_fresh_one(
+    champion: Base, tmp_path: Path
+) -> None:
+    config = RetrainingConfig(warm_rate=1000.0)
+    done = retrained(champion, tmp_path, replace(RECIPE, retraining=config))
+    assert [tried.start for tried in done.attempts] == ["fresh"]
+    assert "it ends with: the loss explodes" in done.reason
+
+
+def test_the_better_of_the_two_goes_on_even_if_it_is_the_warm_one(
+    champion: Base, tmp_path: Path
+) -> None:
+    """A margin that none can keep asks for a fresh start, which learns nothing at these rates."""
+    slow = replace(TRAINING, embedding_learning_rate=1e-9, deep_learning_rate=1e-9, wide_l1=1e9)
+    recipe = replace(
+        RECIPE, training=slow, retraining=RetrainingConfig(fresh_margin=0.0, rehearsal=0.0)
+    )
+    done = retrained(champion, tmp_path, recipe)
+    assert len(done.attempts) == 2
+    assert done.chosen.start == "warm"
+    assert "the warm one is better" in done.reason
+
+
+def test_with_nothing_newer_it_starts_fresh(champion: Base, tmp_path: Path) -> None:
+    done = retrain(window(0, SEEN), window(SEEN, 37), RECIPE, champion, "as asked", tmp_path)
+    assert done.chosen.start == "fresh"
+    assert done.reason == f"there is nothing newer than what {champion.version} was trained on"
+
+
+def test_the_same_retraining_ends_the_same_and_takes_up_where_it_was(
+    champion: Base, tmp_path: Path
+) -> None:
+    first, second = retrained(champion, tmp_path / "a"), retrained(champion, tmp_path / "b")
+    again = retrained(champion, tmp_path / "a")  # from its own last checkpoint
+    weights = [done.chosen.trained.model.state_dict() for done in (first, second, again)]
+    for name, value in weights[0].items():
+        assert all(value.numpy().tobytes() == w[name].numpy().tobytes() for w in weights), name
+
+
+def test_provenance_says_how_it_started(champion: Base, tmp_path: Path) -> None:
+    done = retrained(champion, tmp_path)
+    found = provenance(done.chosen, TRAINING, SPLIT, done.base)
+    assert (found["start"], found["from"]) == ("warm", champion.version)
+    assert (found["steps"], found["examples"]) == (18, 550)
+    plain = champion.ranker.provenance
+    assert (plain["start"], plain["from"], plain["examples"]) == ("fresh", None, SEEN * A_DAY)
+
+
+# -- through another vocabulary ------------------------------------------------------------------
+
+
+def started(base: Base, encoder: Encoder) -> tuple[Any, Optimizers]:
+    """A model of an encoder's that has taken over what the champion learnt, before any step."""
+    known = base.ranker.encoder
+    model = build(encoder.layout, replace(TRAINING, seed=9))
+    optimizers = Optimizers(model, TRAINING)
+    start = WarmStart(base.state, known.layout, base.ranker.config, encoder.rows_of(known))
+    start.apply(model, optimizers)
+    return model.eval(), optimizers
+
+
+def test_a_permuted_vocabulary_predicts_the_same_bit_for_bit(champion: Base) -> None:
+    known = champion.ranker.encoder
+    draw = np.random.default_rng(3)
+
+    def permuted(vocabularies: dict[str, Vocabulary]) -> dict[str, Vocabulary]:
+        return {n: Vocabulary(tuple(draw.permutation(v.values))) for n, v in vocabularies.items()}
+
+    other = replace(known, tables=permuted(known.tables), wide=permuted(known.wide))
+    assert other.tables["item_id"].values != known.tables["item_id"].values
+    model, _ = started(champion, other)
+    frame = window(0, DAYS).frame
+    before = score(champion.ranker.model, known.encode(frame))
+    assert score(model, other.encode(frame)).tobytes() == before.tobytes()
+
+
+def test_known_ids_are_carried_new_ones_fresh_and_lost_ones_dropped(champion: Base) -> None:
+    """Item ``i0`` disappears, and ``brand-new`` comes first."""
+    known = champion.ranker.encoder
+    old = known.tables["item_id"]
+    items = ("brand-new", *(value for value in reversed(old.values) if value != "i0"))
+    other = replace(known, tables=known.tables | {"item_id": Vocabulary(items)})
+    model, optimizers = started(champion, other)
+    untouched = build(other.layout, replace(TRAINING, seed=9)).state_dict()
+    weight = "deep.embeddings.tables.item_id.weight"
+    learnt = np.load(champion.state / f"model.{weight}.npy")
+    found = model.state_dict()[weight].numpy()
+    assert len(found) == len(learnt)
+    (row,) = other.tables["item_id"].ids(np.array(["brand-new"], object))
+    assert found[row].tobytes() == untouched[weight].numpy()[row].tobytes()
+    kept = np.array(items[1:], object)
+    assert found[other.tables["item_id"].ids(kept)].tobytes() == learnt[old.ids(kept)].tobytes()
+    # Dense layers do not know of ids: their optimizer's state is carried as it is.
+    dense = optimizers.tensors()["dense.0.sum"].numpy()
+    assert dense.tobytes() == np.load(champion.state / "optimizer.dense.0.sum.npy").tobytes()
+
+
+def test_attempts_tell_their_best_loss(champion: Base, tmp_path: Path) -> None:
+    done = retrained(champion, tmp_path)
+    best: Attempt = done.chosen
+    assert best.loss == min(epoch.validation_loss for epoch in best.trained.history)
