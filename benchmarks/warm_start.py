@@ -93,7 +93,7 @@ def measure(
     newest = log.moments[-1].item()
     if last.replace(tzinfo=None) > newest + WEEK:
         raise InputError(f"the log ends at {newest}, and the plan at {last}; lower --cutoffs")
-    lone = retraining.model_copy(update={"fresh_margin": _ALONE})
+    lone = retraining.model_copy(update={"fresh_margin": _ALONE, "fresh_growth": _ALONE})
     cases = []
     for seed in seeds:
         training = dataclasses.replace(config, seed=seed)

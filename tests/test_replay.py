@@ -16,19 +16,27 @@ import pytest
 from fathom import replay_report
 from fathom.config import TrainingConfig
 from fathom.drift import MonitoringConfig
-from fathom.evaluation import EvaluationConfig, GateConfig
+from fathom.evaluation import EvaluationConfig
 from fathom.feature_store import to_arrow
+from fathom.gate import GateConfig
 from fathom.replay import WEEK, Log, Replay, ReplayConfig, ReplayError
 from fathom.retraining import Recipe, RetrainingConfig
 from small_ranker import SPEC, START, plain_frame
 
 WEEKS, A_DAY = 9, 20
 #: That lets anything pass.
-GATE = GateConfig(calibration_lo=0.01, calibration_hi=100, loss_margin=10, auc_margin=1)
+GATE = GateConfig(
+    calibration_lo=0.01,
+    calibration_hi=100,
+    loss_margin=10,
+    auc_margin=1,
+    user_auc_margin=1,
+    calibration_margin=10,
+)
 RECIPE = Recipe(
     SPEC,
     TrainingConfig(hidden=(8,), epochs=1, batch_size=32, device="cpu", threads=1),
-    RetrainingConfig(validation_days=7, test_days=7),
+    RetrainingConfig(validation_days=7, test_days=7, fresh_growth=9.0, fresh_margin=10.0),
     EvaluationConfig(resamples=20),
 )
 

@@ -41,7 +41,7 @@ TRAINING = TrainingConfig(hidden=(8,), epochs=1, batch_size=32, device="cpu", th
 RECIPE = Recipe(
     SPEC,
     TRAINING,
-    RetrainingConfig(rehearsal=0.25, fresh_margin=10.0),
+    RetrainingConfig(rehearsal=0.25, fresh_margin=10.0, fresh_growth=9.0),
     EvaluationConfig(resamples=20),
 )
 #: Sixty days with twenty exposures each: the champion saw the first thirty.
@@ -231,7 +231,7 @@ def test_a_warm_start_that_is_not_good_enough_is_backed_by_a_fresh_one(
     champion: Base, tmp_path: Path
 ) -> None:
     """Rates that are too high spoil it, which the validation window shows."""
-    config = RetrainingConfig(warm_rate=160.0)
+    config = RetrainingConfig(warm_rate=160.0, fresh_growth=9.0)
     done = retrained(champion, tmp_path, replace(RECIPE, retraining=config))
     warm, fresh = done.attempts
     assert warm.against is not None
@@ -248,7 +248,7 @@ def test_a_warm_start_that_is_not_good_enough_is_backed_by_a_fresh_one(
 def test_a_warm_start_that_cannot_be_trained_is_followed_by_a_fresh_one(
     champion: Base, tmp_path: Path
 ) -> None:
-    config = RetrainingConfig(warm_rate=1000.0)
+    config = RetrainingConfig(warm_rate=1000.0, fresh_growth=9.0)
     done = retrained(champion, tmp_path, replace(RECIPE, retraining=config))
     assert [tried.start for tried in done.attempts] == ["fresh"]
     assert "it ends with: the loss explodes" in done.reason
@@ -260,12 +260,22 @@ def test_the_better_of_the_two_goes_on_even_if_it_is_the_warm_one(
     """A margin that none can keep asks for a fresh start, which learns nothing at these rates."""
     slow = replace(TRAINING, embedding_learning_rate=1e-9, deep_learning_rate=1e-9, wide_l1=1e9)
     recipe = replace(
-        RECIPE, training=slow, retraining=RetrainingConfig(fresh_margin=0.0, rehearsal=0.0)
+        RECIPE, training=slow, retraining=RetrainingConfig(rehearsal=0.0, fresh_growth=9.0)
     )
     done = retrained(champion, tmp_path, recipe)
     assert len(done.attempts) == 2
     assert done.chosen.start == "warm"
     assert "the warm one is better" in done.reason
+
+
+def test_when_the_data_have_grown_enough_it_starts_fresh(champion: Base, tmp_path: Path) -> None:
+    """The champion learnt from 600 rows; now there are 1,000."""
+    for growth, start in ((1.6, "fresh"), (1.7, "warm")):
+        config = RetrainingConfig(fresh_growth=growth, fresh_margin=10.0)
+        done = retrained(champion, tmp_path / start, replace(RECIPE, retraining=config))
+        assert [tried.start for tried in done.attempts] == [start]
+        assert done.chosen.fresh_rows == {"fresh": 1000, "warm": 600}[start]
+        assert ("1.67 times the rows of the last fresh start" in done.reason) is (start == "fresh")
 
 
 def test_with_nothing_newer_it_starts_fresh(champion: Base, tmp_path: Path) -> None:

@@ -26,14 +26,12 @@ from fathom import drift
 from fathom.config import SplitConfig
 from fathom.evaluation import (
     LOSS,
-    Candidate,
-    GateConfig,
     Interval,
     Predictions,
-    gate,
     metrics,
     paired_interval,
 )
+from fathom.gate import Candidate, GateConfig, gate
 from fathom.hardware import hardware
 from fathom.retraining import (
     Base,
@@ -308,11 +306,12 @@ class Replay:
         window = self.log.window(moment, moment + timedelta(days=self.recipe.retraining.test_days))
 
         def side(base: Base) -> Candidate:
-            scores = base.ranker.score(window.frame)
-            return Candidate(base.version, window.predictions(self.log.spec, scores))
+            return Candidate(base.version, base.ranker.score(window.frame))
 
+        challenger = side(training.base)
+        rows = window.predictions(self.log.spec, challenger.probability)
         bounds = self.gate.model_copy(update={"baselines": ()})
-        verdict = gate(side(training.base), side(champion), {}, {}, bounds, self.recipe.evaluation)
+        verdict = gate(rows, challenger, side(champion), {}, {}, bounds, self.recipe.evaluation)
         return verdict.promoted, [text for text in verdict.reasons if text.startswith("fail")]
 
     # -- trainings -------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ class RetrainingConfig(BaseModel):
         rehearsal: share of the champion's own training rows that a warm start learns again.
         warm_rate: what a warm start multiplies the layers' learning rate by: they have been learnt
             from far more than they learn now. Embeddings keep theirs, for those of new ids.
+        fresh_growth: start fresh once there are so many times the rows that the last fresh start
+            learnt from: a chain of warm starts goes on from a model that was made from fewer.
         fresh_margin: a warm start is good enough if its loss on the validation window exceeds the
             champion's by less than this, at the interval's upper end; else a fresh one is tried.
         seed: of the draw of rows to rehearse.
@@ -69,7 +71,8 @@ class RetrainingConfig(BaseModel):
     start: Start = "warm"
     rehearsal: float = Field(default=0.1, ge=0, le=1)
     warm_rate: float = Field(default=0.3, gt=0)
-    fresh_margin: float = Field(default=0.002, ge=0)
+    fresh_growth: float = Field(default=1.5, gt=1)
+    fresh_margin: float = Field(default=0.0, ge=0)
     seed: int = Field(default=0, ge=0)
 
 
@@ -133,6 +136,7 @@ class Attempt:
 
     Args:
         steps, examples: that it took, repeated passes counted.
+        fresh_rows: what the fresh start learnt from that it goes back to, itself included.
         against: its validation loss less the champion's, where both were compared.
     """
 
@@ -143,6 +147,7 @@ class Attempt:
     validation_batch: Batch
     steps: int
     examples: int
+    fresh_rows: int
     against: Interval | None = None
 
     @property
@@ -307,6 +312,9 @@ def retrain(
     rows = warm_rows(training_window.moments, until, recipe.retraining)
     if not (training_window.moments >= until).any():
         return only(fresh(), f"there is nothing newer than what {base.version} was trained on")
+    growth = len(training_window.moments) / _fresh_rows(base.ranker.provenance)
+    if growth >= recipe.retraining.fresh_growth:
+        return only(fresh(), f"{growth:.2f} times the rows of the last fresh start are there")
     warm, trouble = None, ""
     try:
         warm = _warm(
@@ -322,6 +330,11 @@ def retrain(
     best = min(attempts, key=lambda tried: tried.loss)
     why = f"{reason}; a warm start is not good enough: {trouble}; the {best.start} one is better"
     return _said(Retrained(best, attempts, base.version, why))
+
+
+def _fresh_rows(provenance: Mapping[str, Any]) -> int:
+    """The rows that a ranker's last fresh start learnt from."""
+    return int(provenance.get("fresh_rows", provenance["rows"]["train"]))
 
 
 def _trouble(warm: Attempt, recipe: Recipe) -> str:
@@ -379,7 +392,8 @@ def _warm(
     rate = recipe.training.deep_learning_rate * recipe.retraining.warm_rate
     slower = replace(recipe.training, deep_learning_rate=rate)
     batches = _encoded(encoder, take(training_window.frame, rows), validation_window.frame)
-    warm = attempt("warm", encoder, batches, slower, folder, report, start)
+    before = _fresh_rows(base.ranker.provenance)
+    warm = attempt("warm", encoder, batches, slower, folder, report, start, before)
     return _against(base, warm, validation_window, recipe)
 
 
@@ -395,12 +409,14 @@ def attempt(
     folder: Path,
     report: Report | None = None,
     start: WarmStart | None = None,
+    fresh_rows: int | None = None,
 ) -> Attempt:
     """Train once, from the last checkpoint of the same training if there is one.
 
     Args:
         batches: what is learnt, and the validation window.
-        start: what it starts from, or None for random weights.
+        start, fresh_rows: what it starts from, and what the fresh start before that learnt from;
+            None for random weights.
     """
     from fathom.training import train
 
@@ -408,7 +424,7 @@ def attempt(
     trained = train(encoder.layout, *batches, training, task, folder, report, start)
     passes, rows = len(trained.history), len(batches[0])
     steps = passes * math.ceil(rows / training.batch_size)
-    return Attempt(kind, encoder, trained, *batches, steps, passes * rows)
+    return Attempt(kind, encoder, trained, *batches, steps, passes * rows, fresh_rows or rows)
 
 
 def provenance(
@@ -441,6 +457,7 @@ def provenance(
         "from": base,
         "steps": of.steps,
         "examples": of.examples,
+        "fresh_rows": of.fresh_rows,
     }
 
 

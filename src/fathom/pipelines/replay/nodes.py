@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.config import SplitConfig, TrainingConfig
 from fathom.drift import MonitoringConfig
-from fathom.evaluation import EvaluationConfig, GateConfig
+from fathom.evaluation import EvaluationConfig
+from fathom.gate import GateConfig
 from fathom.replay import ReplayConfig
 from fathom.retraining import RetrainingConfig
 from fathom.spec import FeatureSpec
