@@ -93,7 +93,7 @@ def test_the_dags_are_a_chain_from_the_source_to_retraining():
 
 def test_the_crontab_asks_for_commands_and_pipelines_that_there_are():
     lines = (ROOT / "deploy/crontab").read_text().splitlines()
-    commands = [line for line in lines if "kedro" in line]
+    commands = [line for line in lines if "bin/kedro" in line]
     assert sum("kedro watch --once" in command for command in commands) == 1
     named = re.findall(r"kedro run --pipelines ([a-z_,]+)", " ".join(commands))
     assert set(",".join(named).split(",")) <= set(pipelines)

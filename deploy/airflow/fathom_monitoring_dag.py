@@ -54,8 +54,14 @@ def run(*node_names: str) -> None:
 )
 def fathom_monitoring():
     tasks = {
-        "watch": task(task_id="watch")(run)("watch"),
+        "score_window": task(task_id="score_window")(run)("score_window"),
+        "decide": task(task_id="decide")(run)("decide"),
+        "draw_decisions": task(task_id="draw_decisions")(run)("draw_decisions"),
+        "record_window": task(task_id="record_window")(run)("record_window"),
     }
+    tasks["score_window"] >> tasks["decide"]
+    tasks["decide"] >> tasks["draw_decisions"]
+    tasks["decide"] >> tasks["record_window"]
     following = TriggerDagRunOperator(task_id="retraining", trigger_dag_id="fathom-retraining")
 
     @task.short_circuit(task_id="retrain")
