@@ -146,6 +146,13 @@ def test_a_mended_partition_is_taken_up_although_later_ones_were_handled(known):
     assert planned["2026-W03"].trouble == ()
 
 
+def test_a_faulty_partition_makes_none_before_it_late(known):
+    """It was not handled, so nothing of it speaks against those."""
+    known["2026-W04"] = known["2026-W02"].but(state="alert", since=week(4).since, alerts=("bad",))
+    planned = plan([week(1), week(2), week(3)], known, measured=None)
+    assert planned["2026-W03"].state == "open"
+
+
 def test_an_alert_ends_with_its_partition_and_what_was_done_stays_known(known):
     known = after([week(1), week(2), week(3, rows=0, since=None, until=None)], known)
     planned = plan([week(2)], known, measured=None)
@@ -155,6 +162,8 @@ def test_an_alert_ends_with_its_partition_and_what_was_done_stays_known(known):
 def test_a_file_that_says_nothing_new_is_named():
     before = news({"a": "1"}, "raw", Delivery())
     assert before.alerts == ()
+    assert news({"a": "1", "b": "2"}, "raw and b", before).alerts == ()
+    assert news({"b": "1"}, "raw", before).alerts == ()  # only its name is new
     assert news({"a": "1", "b": "1"}, "raw of both", before).alerts == (
         "duplicated: b has the content of a",
     )

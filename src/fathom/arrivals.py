@@ -220,7 +220,8 @@ def news(files_now: dict[str, str], content: str, before: Delivery) -> Delivery:
         for path, digest in files_now.items()
         if first[digest] != path
     ]
-    added = [path for path in files_now if path not in before.files]
+    known = before.files.values()
+    added = [path for path, digest in files_now.items() if digest not in known]
     if before.files and content == before.content and added and not alerts:
         alerts = [f"empty: {', '.join(added)} came and added no row to any table"]
     return Delivery(files=files_now, content=content, alerts=tuple(alerts))

@@ -89,10 +89,11 @@ class Watched:
     def deliver(self, name: str, lines: list[str]) -> Path:
         return deliver(self.project, name, lines)
 
-    def alerts(self) -> dict[str, str]:
-        """The last alert of each partition in the history of decisions."""
+    def alerts(self) -> list[str]:
+        """Of whom and of what kind they are in the history of decisions."""
         found = decisions.read(self.data / "08_reporting/decisions.jsonl")
-        return {each["partition"]: each["alerts"][0] for each in found if each.get("alerts")}
+        kinds = [(each["partition"], each["alerts"][0]) for each in found if "partition" in each]
+        return [f"{name}: {said.split(':')[0]}" for name, said in kinds]
 
 
 def weeks(lines: list[str], first: str, last: str) -> list[str]:
@@ -171,12 +172,18 @@ def test_faulty_deliveries_are_alerts_once_and_nothing_is_trained_on_them(watche
     copy = watched.deliver("copy.csv", weeks(LINES, "2026-02-23", "2026-03-02"))
     late = [line.replace("2026-01-0", "2025-12-0") for line in LINES[:200]]
     watched.deliver("late.csv", late)
-    for _ in range(2):  # the second time, nothing is written again
+    for _ in range(2):
         said = needs_person(watched.watch())
-        assert "second.csv has the content of" in said or "copy.csv has the content of" in said
+        assert "cards/copy.csv has the content of data/00_external/cards/second.csv" in said
         assert f"{WEEK}: duplicated: " in said
         assert "2025-W49: late: " in said
-    assert [each.split(":")[0] for each in watched.alerts().values()] == ["late", "duplicated"]
+    # The second time, nothing is written again.
+    assert watched.alerts() == [
+        "source: empty",
+        "2025-W49: late",
+        f"{WEEK}: duplicated",
+        "source: duplicated",
+    ]
     copy.unlink()
 
     broken = watched.deliver("third.csv", [])
