@@ -70,6 +70,8 @@ def fathom_retraining():
         "write_card": task(task_id="write_card")(run)("write_card"),
         "register": task(task_id="register")(run)("register"),
         "package": task(task_id="package")(run)("package"),
+        "dry_run": task(task_id="dry_run")(run)("dry_run"),
+        "conclude": task(task_id="conclude")(run)("conclude"),
         "publish_embeddings": task(task_id="publish_embeddings")(run)("publish_embeddings"),
         "promote": task(task_id="promote")(run)("promote"),
     }
@@ -110,10 +112,14 @@ def fathom_retraining():
     tasks["split_frame"] >> tasks["register"]
     tasks["write_card"] >> tasks["register"]
     tasks["register"] >> tasks["package"]
-    tasks["judge"] >> tasks["publish_embeddings"]
+    tasks["package"] >> tasks["dry_run"]
+    tasks["register"] >> tasks["dry_run"]
+    tasks["dry_run"] >> tasks["conclude"]
+    tasks["judge"] >> tasks["conclude"]
+    tasks["conclude"] >> tasks["publish_embeddings"]
     tasks["package"] >> tasks["publish_embeddings"]
     tasks["register"] >> tasks["publish_embeddings"]
-    tasks["judge"] >> tasks["promote"]
+    tasks["conclude"] >> tasks["promote"]
     tasks["package"] >> tasks["promote"]
     tasks["publish_embeddings"] >> tasks["promote"]
     tasks["register"] >> tasks["promote"]
