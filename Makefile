@@ -18,7 +18,7 @@ export BENTOML_HOME := $(CURDIR)/data/06_models/bentoml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check serve monitor-ui viz feast lock audit clean distclean
+.PHONY: help setup run test check serve monitor-ui viz feast airflow lock audit clean distclean
 
 help:
 	@echo "make run    set up, then raw log → validated → trained → released → watched (kedro run)"
@@ -52,6 +52,13 @@ viz: setup
 # Without an address of its own, Feast's page, which can delete views, would be open to the network.
 feast: setup
 	@$(BIN)/feast -c data/04_feature ui --host 127.0.0.1 $(ARGS)
+
+# Neither kedro-airflow nor Airflow is in the lock: only who makes the DAGs again needs the first.
+airflow: setup
+	@$(BIN)/python -m pip install --quiet --constraint requirements.lock "kedro-airflow>=0.11"
+	@$(BIN)/kedro airflow create --target-dir deploy/airflow --jinja-file deploy/airflow/dag.j2 \
+		--pipelines ingestion,validation,features,feature_store,monitoring,retraining
+	@$(BIN)/ruff check --quiet --fix deploy/airflow && $(BIN)/ruff format --quiet deploy/airflow
 
 # A process for each core, but no more than four: each takes up to 2 GB, and so may what it starts.
 # Another number: make test ARGS="-n 8"; one process, for a debugger: ARGS="-n 0 --pdb".

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -64,10 +64,22 @@ def kill_after(
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Start it and kill it, with all that it has started, a while after it has logged a line."""
+    given = {"folder": folder, "seconds": seconds, "environment": environment}
+    kill_when(lambda said: line in said, *arguments, **given)
+
+
+def kill_when(
+    condition: Callable[[str], bool],
+    *arguments: str,
+    folder: Path,
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """The same, a while after a condition on what it has logged, or on anything else, holds."""
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "err"
         process = start(*arguments, folder=folder, said=Path(name), environment=environment)
-        while line not in (said := log.read_text(encoding="utf-8")):
+        while not condition(said := log.read_text(encoding="utf-8")):
             assert process.is_alive(), said[-3000:]
             time.sleep(0.01)
         time.sleep(seconds)

@@ -1,8 +1,9 @@
-"""Project commands: ``kedro run``, ``serve``, and those of the registry, as ``kedro promote``."""
+"""Commands: ``kedro run``, ``watch``, ``serve``, and those of the registry, as ``promote``."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,37 @@ def challenge(
 def withdraw(env: str | None, reason: str) -> None:
     """End the challenge."""
     click.echo(f"withdrawn: {_registry(_parameters(env)).withdraw(reason)}")
+
+
+@cli.command()
+@_env
+@click.option("--params", help="For each kedro run, as its --params.")
+@click.option("--once", is_flag=True, help="Look once. Exit status 3: something needs a person.")
+@click.option("--interval", type=float, help="Seconds between two looks (conf: watch).")
+@click.option("--from", "replay", metavar="PARTITION", help="Handle this and all later ones again.")
+@click.option("--dismiss", multiple=True, metavar="PARTITION", help="Its trouble was looked at.")
+def watch(
+    env: str | None,
+    params: str | None,
+    once: bool,
+    interval: float | None,
+    replay: str | None,
+    dismiss: tuple[str, ...],
+) -> None:
+    """Take each new raw partition through the loop: validate, monitor, retrain if need be."""
+    from fathom.arrivals import ArrivalError
+    from fathom.watch import Watch, WatchConfig
+
+    parameters = _parameters(env)
+    config = WatchConfig.model_validate(parameters["watch"])
+    watcher = Watch(
+        config, _registry(parameters), ["--env", env] if env else [], params, click.echo
+    )
+    seconds = None if once else interval or config.interval_seconds
+    try:
+        sys.exit(watcher.run(seconds, replay, dismiss))
+    except ArrivalError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _publish(parameters: dict[str, Any], versions: Registry, version: str) -> None:

@@ -410,7 +410,7 @@ class FeatureRepo:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             files.write_text(path, text)
 
-    def _opening(self) -> AbstractContextManager[None]:
+    def _opening(self) -> AbstractContextManager[object]:
         """Feast makes a new registry's tables when it is first touched; two at once would fail."""
         if self.folder.exists() and not os.access(self.folder, os.W_OK):
             return nullcontext()

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _CHUNK_BYTES = 1 << 20
 
@@ -71,8 +71,10 @@ def sha256(path: Path | str) -> str:
 
 
 @contextmanager
-def locked(path: Path | str, wait: bool = False) -> Iterator[None]:
+def locked(path: Path | str, wait: bool = False) -> Iterator[IO[str]]:
     """Hold the lock that a file stands for. It is free again when its process ends, however.
+
+    Gives the open file: a process that inherits its descriptor holds the lock as well.
 
     Args:
         wait: until another process lets go of it, which the log says.
@@ -90,7 +92,7 @@ def locked(path: Path | str, wait: bool = False) -> Iterator[None]:
                 raise
             log.info("%s is being changed by another process; waiting for it", path.parent)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock
 
 
 def remove(folder: Path | str) -> None:

@@ -1,0 +1,68 @@
+"""The pipeline `features` as an Airflow DAG, a task for each node.
+
+Made by `make airflow` of deploy/airflow/dag.j2 and conf/base/airflow.yml: change those, not this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import dag, task
+
+#: Where the project lies on the worker, and its environment.
+PROJECT = os.environ.get("FATHOM_PROJECT", os.getcwd())
+ENV = os.environ.get("FATHOM_ENV")
+
+
+@contextmanager
+def project() -> Iterator[Any]:
+    """A session of Kedro, in the project's folder."""
+    from kedro.framework.session import KedroSession
+    from kedro.framework.startup import bootstrap_project
+
+    os.chdir(PROJECT)
+    bootstrap_project(PROJECT)
+    with KedroSession.create(PROJECT, env=ENV) as session:
+        yield session
+
+
+def run(*node_names: str) -> None:
+    """As `kedro run --pipelines features --nodes …`: what is unchanged is skipped."""
+    with project() as session:
+        from fathom.runner import UpToDateRunner
+
+        session.run(
+            pipeline_names=["features"],
+            node_names=list(node_names),
+            runner=UpToDateRunner(),
+        )
+
+
+@dag(
+    dag_id="fathom-features",
+    schedule=None,
+    start_date=datetime(2026, 1, 1),
+    catchup=False,
+    max_active_runs=1,
+    max_active_tasks=1,  # the runner's record of what is done has one writer
+    default_args={"retries": 1, "retry_delay": timedelta(minutes=5)},
+)
+def fathom_features():
+    tasks = {
+        "stamp_attributes": task(task_id="stamp_attributes")(run)("stamp_attributes"),
+        "summarise_logs": task(task_id="summarise_logs")(run)("summarise_logs"),
+        "describe_features": task(task_id="describe_features")(run)("describe_features"),
+    }
+    tasks["summarise_logs"] >> tasks["describe_features"]
+    following = TriggerDagRunOperator(
+        task_id="feature_store", trigger_dag_id="fathom-feature-store"
+    )
+    following << list(tasks.values())
+
+
+fathom_features()
