@@ -212,6 +212,20 @@ def plain_frame(rows: int = 400, spec: FeatureSpec = SPEC) -> dict[str, Any]:
     return with_ratios(frame, spec)
 
 
+def exposures(rows: int = 800, days: int = 7, **replaced: Any) -> pa.Table:
+    """Labelled rows as a training frame has them, five to a request, spread over the first days."""
+    columns = {
+        name: [part.tolist() for part in np.split(values.values, values.offsets[1:-1])]
+        if isinstance(values, Ragged)
+        else values
+        for name, values in (plain_frame(rows) | replaced).items()
+    }
+    moments = [START + timedelta(days=days) * (i / (rows - 1)) for i in range(rows)]
+    columns["request_id"] = [f"r{i // 5}" for i in range(rows)]
+    columns["event_timestamp"] = pa.array(moments, pa.timestamp("us", "UTC"))
+    return pa.table(columns)
+
+
 def register(
     folder: Path, model: str = "wide_deep", spec: FeatureSpec = SPEC, factors: int = 0
 ) -> Artifact:

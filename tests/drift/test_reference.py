@@ -43,7 +43,7 @@ def test_thresholds_lie_just_above_what_windows_without_drift_show() -> None:
         # PSI jumps where a rare bin is empty, which makes the draws of such a column wider.
         assert highest < thresholds.scores[name] < 5 * highest, name
         moved = max(scores.moved(was[name], now) for now in windows)
-        assert moved < 1.2 * thresholds.moved[name] < 3 * moved, name
+        assert moved < 1.2 * thresholds.moved[name] < 5 * moved, name
 
 
 def test_a_smaller_window_may_lie_further_off() -> None:

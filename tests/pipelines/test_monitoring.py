@@ -50,7 +50,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def watch(registry: str, lines: str | None = None, **window: Any) -> tuple[Any, ...]:
-    rows, watched = score_window(log(), {}, WindowConfig(**window), registry)
+    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(**window), registry)
     return decide(ibis.memtable(rows), watched, REPORT, lines, CONFIG, registry)
 
 
@@ -90,7 +90,7 @@ def test_a_window_has_bounds_of_its_own(key: str, value: Any) -> None:
 
 
 def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
-    rows, watched = score_window(log(), {}, WindowConfig(), registry)
+    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(), registry)
     versions = Registry(Path(registry))
     champion = versions.champion()
     assert champion is not None
@@ -98,6 +98,7 @@ def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
         "version": champion,
         "start": "2024-01-22T00:00:00+00:00",
         "end": "2024-01-29T00:00:00+00:00",
+        "rows": 800,
     }
     assert len(rows) == 800
     assert rows["event_timestamp"].min() >= NEWEST - timedelta(days=7)
@@ -107,15 +108,25 @@ def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
     np.testing.assert_allclose(sorted(rows["probability"]), sorted(expected), rtol=0, atol=1e-6)
 
 
+def test_of_a_large_window_a_sample_of_whole_requests_is_scored(registry: str) -> None:
+    few = CONFIG.model_copy(update={"sample_rows": 200})
+    rows, watched = score_window(log(), {}, few, WindowConfig(), registry)
+    assert watched["rows"] == 800
+    assert 100 < len(rows) < 300
+    assert set(rows["request_id"].value_counts()) == {5}
+    again, _ = score_window(log(), {}, few, WindowConfig(), registry)
+    assert sorted(again["request_id"]) == sorted(rows["request_id"])
+
+
 def test_both_ends_of_a_window_belong_to_it(registry: str) -> None:
     rows, _ = score_window(
-        log(), {}, WindowConfig(since=START.isoformat(), until=START.isoformat()), registry
+        log(), {}, CONFIG, WindowConfig(since=START.isoformat(), until=START.isoformat()), registry
     )
     assert list(rows["event_timestamp"]) == [START]
 
 
 def test_without_a_champion_there_is_nothing_to_score(tmp_path: Path) -> None:
-    rows, watched = score_window(log(), {}, WindowConfig(), str(tmp_path))
+    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(), str(tmp_path))
     assert (len(rows), watched["version"]) == (0, None)
     decision, lines, page, figures, snapshots = decide(
         ibis.memtable(rows), watched, REPORT, None, CONFIG, str(tmp_path)
@@ -140,7 +151,11 @@ def test_a_quiet_window_is_decided_on(registry: str, quiet: tuple[Any, ...]) -> 
     assert (decision["retrain"], decision["alerts"]) == (False, [])
     assert decision["version"] == Registry(Path(registry)).champion()
     assert decision["window"]["end"] == "2024-01-29T00:00:00Z"
-    assert decision["evidence"]["rows"] == {"reference": 3200, "current": 800}
+    assert decision["evidence"]["rows"] == {
+        "reference": 3200,
+        "current": 800,
+        "sampled": 800,
+    }
     assert "<h1>Do not retrain</h1>" in page
     assert set(figures) == {"drift", "quality"}
     (line,) = lines.splitlines()
@@ -158,7 +173,7 @@ def test_watching_a_window_twice_is_watching_it_once(registry: str, quiet: tuple
 
 
 def test_what_validation_refused_of_the_newest_delivery_is_a_fault(registry: str) -> None:
-    rows, watched = score_window(log(), {}, WindowConfig(), registry)
+    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(), registry)
     partitions = [
         {"rows_in": 1000, "quarantined": 0},
         {"rows_in": 1000, "quarantined": 80},
