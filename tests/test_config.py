@@ -140,6 +140,23 @@ def split(**replaced: Any) -> SplitConfig:
     return SplitConfig(**moments | replaced)
 
 
+def test_spans_are_left_out_as_moments() -> None:
+    found = split(without=[["2017-05-01", "2017-05-07T23:59:59Z"]])
+    assert found.spans == [
+        (
+            datetime(2017, 5, 1, tzinfo=timezone.utc),
+            datetime(2017, 5, 7, 23, 59, 59, tzinfo=timezone.utc),
+        )
+    ]
+    assert split().spans == []
+
+
+@pytest.mark.parametrize("span", [["2017-05-07", "2017-05-01"], ["2017-05-07"], ["May", "June"]])
+def test_a_span_is_two_moments_that_do_not_fall(span: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"split.without has .* two ISO 8601 moments that do not"):
+        split(without=[span])
+
+
 @pytest.fixture
 def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine whose clock is not in UTC."""

@@ -165,7 +165,7 @@ SUMMARY: dict[str, Any] = {
     "model": "wide_deep",
     "seed": 41,
     "bento_tag": "fathom:abc",
-    "drift": {"retrain": False, "reasons": []},
+    "drift": {"retrain": False, "reasons": [], "alerts": []},
     "seconds": {"ingestion": 10.4, "training": 61.6, "total": 200.0},
     "unchanged": {"stages": [], "nodes": []},
     "peak_memory_mb": 4321,
@@ -227,12 +227,18 @@ def test_a_closing_table_says_why_a_model_is_not_promoted_and_what_drifted():
         SUMMARY
         | {
             "gate": VERDICT,
-            "drift": {"retrain": True, "reasons": ["share of drifted columns 0.6", "auc fell"]},
+            "drift": {"retrain": True, "reasons": ["loss: 2 %", "waiting"], "alerts": []},
         },
         {},
     )
     assert "gate        not promoted: fail: logloss is worse\n" in text
-    assert "drift       retrain: share of drifted columns 0.6; auc fell\n" in text
+    assert "drift       retrain: loss: 2 %; waiting\n" in text
+
+
+def test_a_closing_table_puts_faults_of_the_data_first():
+    drift = {"retrain": False, "reasons": ["loss: 2 %"], "alerts": ["price: all null"]}
+    text = closing_table(SUMMARY | {"drift": drift}, {})
+    assert "drift       mend the data: price: all null; loss: 2 %\n" in text
 
 
 def test_a_closing_table_without_metrics():

@@ -8,13 +8,18 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import ibis
 import numpy as np
 import pytest
 
+from fathom import drift
 from fathom.config import SplitConfig, TrainingConfig
+from fathom.drift import Decision, history
 from fathom.encoding import Encoder, Vocabulary, fit_encoder
 from fathom.evaluation import EvaluationConfig
 from fathom.models import build, score
+from fathom.pipelines.retraining.nodes import plan_retraining
+from fathom.pipelines.training.nodes import split_frame
 from fathom.ranker import Ranker
 from fathom.registry import Registry
 from fathom.retraining import (
@@ -103,6 +108,25 @@ def test_the_newest_exposures_are_the_gates() -> None:
     assert split == newest_split(newest + timedelta(hours=9), spec, RetrainingConfig(), START)
     short = newest_split(newest, spec, RetrainingConfig(train_days=14), START)
     assert short.train_from == "2024-02-15T06:00:00+00:00"
+
+
+def test_windows_with_faults_of_the_data_are_left_out(tmp_path: Path) -> None:
+    """The newest week was broken: the gate looks at the two weeks before it."""
+    moments = [START + timedelta(days=day) for day in range(60)]
+    frame = ibis.memtable({"event_timestamp": moments, SPEC.label.name: [0] * 60})
+    broken = Decision(
+        False, (), "none", ("price: all null",), drift.Window(moments[53], moments[59])
+    )
+    lines = history.with_decision("", broken)
+    split, base = plan_retraining(
+        frame, lines, SPEC, SPLIT, RetrainingConfig(), str(tmp_path / "registry")
+    )
+    assert split.without == ((moments[53].isoformat(), moments[59].isoformat()),)
+    assert split.moment("test_from") == moments[52] - timedelta(days=14)
+    assert base == {"version": None}
+    train, validation, test = split_frame(frame, split)
+    days = [part.count().to_pyarrow().as_py() for part in (train, validation, test)]
+    assert days == [31, 7, 15]  # and none of the last seven
 
 
 def test_a_run_that_is_repeated_after_the_promotion_challenges_the_same(

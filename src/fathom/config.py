@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal
 
@@ -185,14 +185,27 @@ class SplitConfig:
         train_from: earlier exposures only feed the aggregates, whose histories are short there.
         validation_from: early stopping and every choice look at what lies from here ...
         test_from: ... to here; what lies after is only reported.
+        without: spans that belong to no split, from and to, both included: of an outage, say.
     """
 
     train_from: str
     validation_from: str
     test_from: str
+    without: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         faults = []
+        object.__setattr__(self, "without", tuple(tuple(span) for span in self.without))
+        for span in self.without:
+            try:
+                start, end = (moment_of(text) for text in span)
+            except (TypeError, ValueError):
+                start, end = 1, 0  # type: ignore[assignment]
+            if end < start:
+                faults.append(
+                    f"split.without has {list(span)!r}; it must be two ISO 8601 moments that do "
+                    "not fall"
+                )
         for name in ("train_from", "validation_from", "test_from"):
             try:
                 self.moment(name)
@@ -214,6 +227,11 @@ class SplitConfig:
     def moment(self, name: str) -> datetime:
         """A boundary as an aware moment."""
         return moment_of(getattr(self, name))
+
+    @property
+    def spans(self) -> list[tuple[datetime, datetime]]:
+        """``without`` as aware moments."""
+        return [(moment_of(start), moment_of(end)) for start, end in self.without]
 
 
 def moment_of(text: str) -> datetime:

@@ -132,8 +132,7 @@ def closing_table(summary: Mapping[str, Any], pages: Mapping[str, str]) -> str:
         f"version     {summary['version']} ({summary['model']}, seed {summary['seed']}), "
         f"bento {summary['bento_tag']}",
         f"gate        {'promoted' if gate['promoted'] else 'not promoted: ' + '; '.join(failed)}",
-        f"drift       {'retrain' if drift['retrain'] else 'no retraining'}"
-        + (f": {'; '.join(drift['reasons'])}" if drift["reasons"] else ""),
+        f"drift       {_decided(drift)}",
         f"seconds     {_times(summary['seconds'], summary['unchanged']['stages'])}",
         f"memory      {summary['peak_memory_mb']:,} MB at the peak",
         "",
@@ -154,6 +153,13 @@ def _times(seconds: Mapping[str, float], unchanged: Sequence[str]) -> str:
 
 def _names(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     return _REGRESSION if any("rmse" in values for values in metrics.values()) else _BINARY
+
+
+def _decided(drift: Mapping[str, Any]) -> str:
+    """What monitoring decided; a fault of the data comes first, for it needs a person."""
+    verdict = "retrain" if drift["retrain"] else "no retraining"
+    verdict = "mend the data" if drift["alerts"] else verdict
+    return ": ".join(filter(None, (verdict, "; ".join([*drift["alerts"], *drift["reasons"]]))))
 
 
 def _cell(value: Any) -> str:

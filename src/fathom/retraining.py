@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -196,7 +196,11 @@ class Retrained:
 
 
 def newest_split(
-    newest: datetime, spec: FeatureSpec, config: RetrainingConfig, train_from: datetime
+    newest: datetime,
+    spec: FeatureSpec,
+    config: RetrainingConfig,
+    train_from: datetime,
+    without: Sequence[tuple[str, str]] = (),
 ) -> SplitConfig:
     """The split that ends with the newest labelled exposure.
 
@@ -205,6 +209,7 @@ def newest_split(
 
     Args:
         train_from: where training begins unless ``train_days`` says so.
+        without: spans to leave out.
     """
     origin = spec.grain_origin
     end = origin + math.ceil((newest - origin) / spec.grain) * spec.grain
@@ -213,7 +218,7 @@ def newest_split(
     if config.train_days is not None:
         train_from = validation - timedelta(days=config.train_days)
     moments = [moment.isoformat() for moment in (train_from, validation, test)]
-    return SplitConfig(*moments)
+    return SplitConfig(*moments, without=tuple(without))
 
 
 def challenged(registry: Registry, split: SplitConfig) -> str | None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import ibis
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
 import small_ranker
 from fathom.drift import Decision, MonitoringConfig, history
+from fathom.feature_log import HOW, REQUEST, VERSION
 from fathom.pipelines.monitoring.nodes import (
     WindowConfig,
     decide,
@@ -50,7 +52,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def watch(registry: str, lines: str | None = None, **window: Any) -> tuple[Any, ...]:
-    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(**window), registry)
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(**window), registry)
     return decide(ibis.memtable(rows), watched, REPORT, lines, CONFIG, registry)
 
 
@@ -90,7 +92,8 @@ def test_a_window_has_bounds_of_its_own(key: str, value: Any) -> None:
 
 
 def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
-    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(), registry)
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), registry)
+    rows = rows.to_pandas()
     versions = Registry(Path(registry))
     champion = versions.champion()
     assert champion is not None
@@ -110,23 +113,54 @@ def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
 
 def test_of_a_large_window_a_sample_of_whole_requests_is_scored(registry: str) -> None:
     few = CONFIG.model_copy(update={"sample_rows": 200})
-    rows, watched = score_window(log(), {}, few, WindowConfig(), registry)
+    rows, watched = score_window(log(), None, {}, few, WindowConfig(), registry)
+    rows = rows.to_pandas()
     assert watched["rows"] == 800
     assert 100 < len(rows) < 300
     assert set(rows["request_id"].value_counts()) == {5}
-    again, _ = score_window(log(), {}, few, WindowConfig(), registry)
-    assert sorted(again["request_id"]) == sorted(rows["request_id"])
+    again, _ = score_window(log(), None, {}, few, WindowConfig(), registry)
+    assert sorted(again["request_id"].to_pylist()) == sorted(rows["request_id"])
 
 
 def test_both_ends_of_a_window_belong_to_it(registry: str) -> None:
     rows, _ = score_window(
-        log(), {}, CONFIG, WindowConfig(since=START.isoformat(), until=START.isoformat()), registry
+        log(),
+        None,
+        {},
+        CONFIG,
+        WindowConfig(since=START.isoformat(), until=START.isoformat()),
+        registry,
     )
-    assert list(rows["event_timestamp"]) == [START]
+    assert rows["event_timestamp"].to_pylist() == [START]
+
+
+def served(champion: str, how: str = "champion") -> Any:
+    """The four weeks as the service logged them: requests under its name, a probability of 0.5."""
+    added = {VERSION: ibis.literal(champion), HOW: ibis.literal(how), "probability": 0.5}
+    return log().rename({REQUEST: "request_id"}).mutate(**added).to_pyarrow()
+
+
+def test_what_was_served_is_watched_with_the_predictions_that_were_served(registry: str) -> None:
+    champion = str(Registry(Path(registry)).champion())
+    others = [served(champion, "shadow"), served("another")]
+    logged = ibis.memtable(pa.concat_tables([served(champion), *others]))
+    of = WindowConfig(of="served")
+    rows, watched = score_window(log(), logged, {}, CONFIG, of, registry)
+    assert (watched["rows"], len(rows)) == (800, 800)
+    assert set(rows["probability"].to_pylist()) == {0.5}
+    assert "request_id" in rows.column_names
+
+
+def test_what_was_served_cannot_be_watched_before_it_has_outcomes(registry: str) -> None:
+    of = WindowConfig(of="served")
+    with pytest.raises(ValueError, match=r"nothing is joined with its outcomes yet; run kedro run"):
+        score_window(log(), None, {}, CONFIG, of, registry)
+    with pytest.raises(ValueError, match=r"nothing that champion .* has served is joined"):
+        score_window(log(), ibis.memtable(served("another")), {}, CONFIG, of, registry)
 
 
 def test_without_a_champion_there_is_nothing_to_score(tmp_path: Path) -> None:
-    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(), str(tmp_path))
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), str(tmp_path))
     assert (len(rows), watched["version"]) == (0, None)
     decision, lines, page, figures, snapshots = decide(
         ibis.memtable(rows), watched, REPORT, None, CONFIG, str(tmp_path)
@@ -173,7 +207,7 @@ def test_watching_a_window_twice_is_watching_it_once(registry: str, quiet: tuple
 
 
 def test_what_validation_refused_of_the_newest_delivery_is_a_fault(registry: str) -> None:
-    rows, watched = score_window(log(), {}, CONFIG, WindowConfig(), registry)
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), registry)
     partitions = [
         {"rows_in": 1000, "quarantined": 0},
         {"rows_in": 1000, "quarantined": 80},

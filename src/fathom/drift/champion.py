@@ -42,21 +42,22 @@ def sampled(rows: Table, spec: FeatureSpec, most: int) -> Table:
 
 
 def scored(champion: Ranker, rows: pa.Table) -> pd.DataFrame:
-    """Rows (N) as `fathom.drift.measure` takes them: with predictions and hits of crosses."""
+    """Rows (N) as `fathom.drift.measure` takes them: with predictions and hits of crosses.
+
+    Predictions that rows have already, as they were served, are kept.
+    """
     import pyarrow as pa
 
     from fathom.feature_store import frame_of
 
     frame = frame_of(rows)
-    made = {PROBABILITY: champion.score(frame)}
+    made = {}
+    if PROBABILITY not in rows.column_names:
+        made[PROBABILITY] = champion.score(frame)
     for name, hits in champion.encoder.cross_hits(frame).items():
         made[f"{name}.hits"] = hits
     for name, values in made.items():
-        place = rows.schema.get_field_index(name)
-        column = pa.array(values, from_pandas=True)
-        rows = (
-            rows.append_column(name, column) if place < 0 else rows.set_column(place, name, column)
-        )
+        rows = rows.append_column(name, pa.array(values, from_pandas=True))
     return rows.to_pandas()
 
 

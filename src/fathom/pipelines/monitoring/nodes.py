@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,9 @@ class WindowConfig(BaseModel):
     """Which exposures are compared (``params:window``).
 
     Args:
+        of: ``exposures``, from the training frame, scored now; or ``served``: what the service
+            logged, with the features and the predictions as they were served, and the labels that
+            have arrived (``kedro run --pipelines outcomes``).
         days: the window reaches back this far from its end.
         since, until: its bounds, ISO 8601, UTC by default, both included; by default ``days``
             and the newest exposure say.
@@ -29,6 +32,7 @@ class WindowConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    of: Literal["exposures", "served"] = "exposures"
     days: int = Field(default=7, ge=1)
     since: str | None = None
     until: str | None = None
@@ -57,6 +61,7 @@ def _moment(name: str, text: str) -> datetime:
 
 def score_window(
     training_frame: Table,
+    watched_outcomes: Table,
     release: dict[str, Any],
     config: MonitoringConfig,
     window: WindowConfig,
@@ -65,30 +70,54 @@ def score_window(
     """Score a sample of the newest exposures with the champion.
 
     Args:
+        watched_outcomes: what was served; None where nothing was.
         release: a new champion is a reason to score again.
 
     Returns:
         The sampled rows with ``probability`` and the hits of crosses, none without a champion; the
         champion's version, and the window's bounds and number of rows.
+
+    Raises:
+        ValueError: what was served is asked for, and there is nothing.
     """
     import pyarrow as pa
 
     from fathom import drift
+    from fathom.feature_log import HOW, REQUEST, VERSION
     from fathom.registry import Registry
 
-    moment = training_frame[EVENT_TIMESTAMP]
-    start, end = window.bounds(moment.max().to_pyarrow().as_py())
     versions = Registry(Path(registry))
     version = versions.champion()
+    log = training_frame if window.of == "exposures" else watched_outcomes
+    if log is None:
+        raise ValueError(
+            "window.of is 'served', but nothing is joined with its outcomes yet; run kedro run "
+            "--pipelines outcomes, or set it to 'exposures'"
+        )
+    if window.of == "served" and version is not None:
+        log = log.filter(log[VERSION] == version, log[HOW] != "shadow")
+    moment = log[EVENT_TIMESTAMP]
+    newest = moment.max().to_pyarrow().as_py()
+    if newest is None:
+        raise ValueError(
+            f"nothing that champion {version} has served is joined with its outcomes yet; wait, "
+            "or set window.of to 'exposures'"
+        )
+    start, end = window.bounds(newest)
     found = {"version": version, "start": start.isoformat(), "end": end.isoformat(), "rows": 0}
     if version is None:
         return pa.table({drift.PROBABILITY: pa.array([], pa.float64())}), found
     champion = versions.load(version)
-    rows = training_frame.filter((moment >= start) & (moment <= end))
-    rows = rows.select(*drift.watched_columns(champion.spec))
+    rows = log.filter((moment >= start) & (moment <= end))
+    if window.of == "served":
+        rows = rows.rename({champion.spec.entities.request: REQUEST})
+    names = drift.watched_columns(champion.spec)
+    own = [drift.PROBABILITY] if window.of == "served" else []
+    rows = rows.select(*names, *own)
     found["rows"] = rows.count().to_pyarrow().as_py()
     sample = drift.sampled(rows, champion.spec, config.sample_rows)
-    return drift.scored(champion, sample.to_pyarrow()), found
+    scored = drift.scored(champion, sample.to_pyarrow())
+    return pa.Table.from_pandas(scored, preserve_index=False), found
 
 
 def decide(

@@ -19,6 +19,7 @@ def create_pipeline() -> Pipeline:
                 name="score_window",
                 inputs=[
                     "training_frame",
+                    "watched_outcomes",
                     "release",
                     "params:monitoring",
                     "params:window",

@@ -42,7 +42,7 @@ def summarise_run(
         "champion": release["champion"],
         "bento_tag": release["bento_tag"],
         "embeddings": published_embeddings["rows"],
-        "drift": {"retrain": decision["retrain"], "reasons": decision["reasons"]},
+        "drift": {name: decision[name] for name in ("retrain", "reasons", "alerts")},
         "seed": candidate.config.seed,
         "model": candidate.config.model,
         "parameters": candidate.provenance["parameters"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ else:
 
 def plan_retraining(
     training_frame: Table,
+    previous_decisions: str | None,
     spec: FeatureSpec,
     split: SplitConfig,
     config: RetrainingConfig,
@@ -31,23 +33,35 @@ def plan_retraining(
 ) -> tuple[SplitConfig, dict[str, str | None]]:
     """Lay the windows of a retraining so that the newest labelled exposures are the test's.
 
+    Windows in which monitoring found faults of the data are left out: a broken feed is no training
+    set, nor one to judge by.
+
     Args:
-        split: says where training begins while there is no champion.
+        split: says where training begins while there is no champion, and what else to leave out.
 
     Returns:
         The split, and the ``version`` that is challenged, or None.
     """
     from fathom import retraining
+    from fathom.drift import history
     from fathom.registry import Registry
 
+    broken = [
+        (past.window.start.isoformat(), past.window.end.isoformat())
+        for past in history.read(previous_decisions or "")
+        if past.alerts
+    ]
+    without = dict.fromkeys((*split.without, *broken))
     versions = Registry(Path(registry))
     version = versions.champion()
     train_from = split.moment("train_from")
     if version is not None:
         train_from = retraining.trained_from(versions.described(version)["provenance"])
     labelled = training_frame.filter(training_frame[spec.label.name].notnull())
+    for start, end in replace(split, without=tuple(without)).spans:
+        labelled = labelled.filter(~labelled[EVENT_TIMESTAMP].between(start, end))
     newest = retraining.utc(labelled[EVENT_TIMESTAMP].max().to_pyarrow().as_py())
-    planned = retraining.newest_split(newest, spec, config, train_from)
+    planned = retraining.newest_split(newest, spec, config, train_from, tuple(without))
     return planned, {"version": retraining.challenged(versions, planned)}
 
 

@@ -22,6 +22,7 @@ def create_pipeline() -> Pipeline:
                 name="plan_retraining",
                 inputs=[
                     "training_frame",
+                    "previous_decisions",
                     "params:features",
                     "params:split",
                     "params:retraining",

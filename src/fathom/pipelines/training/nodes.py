@@ -27,13 +27,17 @@ _CURVES = ("epoch", "train_loss", "validation_loss", "wide_zero_share")
 
 
 def split_frame(training_frame: Table, split: SplitConfig) -> tuple[Table, Table, Table]:
-    """Divide the training frame by time, in its order; what lies before ``train_from`` is left out.
+    """Divide the training frame by time, in its order.
+
+    What lies before ``train_from``, or in a span of ``without``, is left out.
 
     In files of their own, a new week of one split is no news to what reads another.
 
     Returns:
         The training, validation and test split.
     """
+    for start, end in split.spans:
+        training_frame = training_frame.filter(~training_frame[EVENT_TIMESTAMP].between(start, end))
     moment = training_frame[EVENT_TIMESTAMP]
     train, validation, test = (
         split.moment(name) for name in ("train_from", "validation_from", "test_from")
