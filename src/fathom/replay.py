@@ -9,6 +9,7 @@ to each.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -265,7 +266,8 @@ class Replay:
             promoted, reasons = self._judged(line.training.base, training)
             done["reasons"] += reasons
         elif policy.start == "warm":
-            training, promoted = self._trained(self._ungated(now), line.training.base), True
+            base = line.training.base
+            training, promoted = self._trained(self._ungated(now), base, checked=False), True
         else:
             training, promoted = self._fresh(now), True
         line.charge(training)
@@ -324,9 +326,13 @@ class Replay:
     def _fresh(self, now: datetime) -> Training:
         return self._trained(self._ungated(now), None)
 
-    def _trained(self, split: SplitConfig, base: Base | None) -> Training:
+    def _trained(self, split: SplitConfig, base: Base | None, checked: bool = True) -> Training:
+        """Train, or take what was trained; ``checked``: as to whether a warm start will do."""
         key = (split.validation_from, split.test_from, base.version if base else None)
         if key not in self._trainings:
+            settings = self.recipe.retraining
+            if not checked:
+                settings = settings.model_copy(update={"fresh_margin": math.inf})
             started = time.perf_counter()
             train, validation, test = (
                 split.moment(name) for name in ("train_from", "validation_from", "test_from")
@@ -334,7 +340,7 @@ class Replay:
             done = retrain(
                 self.log.window(train, validation),
                 self.log.window(validation, test),
-                self.recipe,
+                replace(self.recipe, retraining=settings),
                 base,
                 "as the policy asks",
                 self.folder / f"{validation:%Y%m%d}-{test:%Y%m%d}-{key[-1] or 'fresh'}",
