@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -307,3 +308,40 @@ def test_the_gate_is_judged_on_what_a_plan_makes(gate: ModuleType) -> None:
     assert (regressed["lo"], round(regressed["hi"], 3)) == (0.0, 0.278)
     shown = gate.line(regressed | {"kind": "planted", "title": "x", "weeks": 4, "gain": -0.5})
     assert "-0.50000      4     10      0.0%      0.0% … 27.8%" in shown
+
+
+def test_warm_start_compares_champion_fresh_and_warm_on_the_week_that_follows(
+    data: Path, tmp_path: Path
+) -> None:
+    from test_replay import RECIPE, START, table
+
+    year = tmp_path / "data"
+    shutil.copytree(data, year)
+    log = table()
+    log = log.append_column("inclusion_probability", pa.array([1.0] * log.num_rows))
+    pq.write_table(log, year / "05_model_input" / "training_frame.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        warm_start = importlib.import_module("warm_start")
+    plan = warm_start.Plan([4], [1, 2], [0.0, 0.1])
+    given = (RECIPE.training, RECIPE.retraining, START, [0, 1], plan)
+    figures = warm_start.measure(year, *given)
+    json.dumps(figures)
+    assert [(case["until"], case["seed"]) for case in figures["cases"]] == [
+        ("2024-02-05", 0),
+        ("2024-02-12", 0),
+        ("2024-02-05", 1),
+        ("2024-02-12", 1),
+    ]
+    first = figures["cases"][0]  # 5 weeks of 140 rows in batches of 32; 1 of them is new
+    assert first["fresh_steps"] == 22
+    assert first["warm"][0.0][0] == 5
+    assert first["warm"][0.1][0] == 7
+    none, some = figures["summary"]
+    assert none["steps_share"] < some["steps_share"]
+    above = [case["warm"][0.1][1] - case["fresh"] for case in figures["cases"]]
+    assert some["above_fresh"] == pytest.approx(statistics.fmean(above))
+    lines = warm_start.table(figures).splitlines()
+    assert sum(line.startswith(("HELD", "MISSED")) for line in lines) == 2
+    with pytest.raises(warm_start.InputError, match="lower --cutoffs"):
+        warm_start.measure(year, *given[:-1], warm_start.Plan([40], [1], [0.0]))

@@ -65,7 +65,7 @@ class Alarmed(Replay):
     """Whose monitor asks for a retraining every week, so that nothing depends on drift."""
 
     def _decision(self, line: Any, now: Any) -> Any:
-        return SimpleNamespace(retrain=True, reasons=["asked to"])
+        return SimpleNamespace(retrain=True, reasons=["asked to"], alerts=())
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,25 @@ def test_drift_decides_for_the_watched_policy(tmp_path: Path) -> None:
     assert of(found, "fathom", "retrained") == [False, False, False, True, True]
     assert of(found, "fathom", "reasons")[0] == []
     assert re.search("more than is usual", of(found, "fathom", "reasons")[3][0])
+
+
+def test_data_that_have_outgrown_the_deployed_one_ask_for_a_retraining(tmp_path: Path) -> None:
+    """It learnt from 3 weeks; 5 are there, two more aside, at the start of the fourth week."""
+
+    class Calm(Replay):
+        def _decision(self, line: Any, now: Any) -> Any:
+            return SimpleNamespace(retrain=False, reasons=[], alerts=())
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            settings = self.recipe.retraining.model_copy(update={"fresh_growth": 1.5})
+            self.recipe = replace(self.recipe, retraining=settings)
+
+    found = lived(tmp_path, table(), Calm, policies=("fathom", "growing"))
+    assert of(found, "fathom", "retrained") == [False] * 5
+    assert of(found, "growing", "retrained") == [False, False, False, True, False]
+    assert of(found, "growing", "started")[3] == ["fresh"]
+    assert "outgrown" in of(found, "growing", "reasons")[3][0]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ to each.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -39,6 +40,7 @@ from fathom.retraining import (
     Start,
     Window,
     base_from,
+    grown,
     newest_split,
     retrain,
     utc,
@@ -74,7 +76,7 @@ class ReplayConfig(BaseModel):
     first_weeks: int = Field(default=10, ge=2)
     weeks: int | None = Field(default=None, ge=2)
     fixed_weeks: int = Field(default=4, ge=1)
-    policies: tuple[str, ...] = ("never", "weekly", "fixed", "fathom", "weekly_warm")
+    policies: tuple[str, ...] = ("never", "weekly", "fixed", "fathom", "growing", "weekly_warm")
 
 
 class ReplayError(ValueError):
@@ -91,12 +93,14 @@ class Policy:
         start: of every training.
         watched: whether drift decides on retraining, and the gate on promotion; otherwise all that
             is trained is deployed.
+        growing: whether data that have outgrown the deployed one ask for a retraining too.
     """
 
     said: str
     every: int
     start: Start = "fresh"
     watched: bool = False
+    growing: bool = False
 
 
 POLICIES = {
@@ -106,6 +110,7 @@ POLICIES = {
     "fathom": Policy(
         "drift decides, warm start with a fresh one as fallback, gate", 1, "warm", True
     ),
+    "growing": Policy("the same, and when the data have outgrown it", 1, "warm", True, True),
     "weekly_warm": Policy("warm every week, deployed unseen", 1, "warm"),
 }
 
@@ -255,9 +260,12 @@ class Replay:
             decision = self._decision(line, now)
             line.decisions.append(decision)
             done["reasons"] = list(decision.reasons)
-            if not decision.retrain:
-                return done
             split = newest_split(now, self.log.spec, self.recipe.retraining, self.train_from)
+            outgrown = policy.growing and not decision.alerts and self._outgrown(line, split)
+            if outgrown:
+                done["reasons"].append("data: they have outgrown what the champion has learnt from")
+            if not decision.retrain and not outgrown:
+                return done
             seen = line.training.split.moment("validation_from")
             if split.moment("validation_from") <= seen:
                 return done | {"reasons": [*done["reasons"], "nothing newer to learn from"]}
@@ -265,7 +273,8 @@ class Replay:
             promoted, reasons = self._judged(line.training.base, training)
             done["reasons"] += reasons
         elif policy.start == "warm":
-            training, promoted = self._trained(self._ungated(now), line.training.base), True
+            base = line.training.base
+            training, promoted = self._trained(self._ungated(now), base, checked=False), True
         else:
             training, promoted = self._fresh(now), True
         line.charge(training)
@@ -273,6 +282,12 @@ class Replay:
             line.training = training
         started = list(training.started)
         return done | {"retrained": True, "promoted": promoted, "started": started}
+
+    def _outgrown(self, line: Line, split: SplitConfig) -> bool:
+        """Whether a retraining would start fresh for the growth of the data."""
+        rows = self.log.rows(*(split.moment(name) for name in ("train_from", "validation_from")))
+        growth = grown(rows.num_rows, line.training.base.ranker.provenance)
+        return growth >= self.recipe.retraining.fresh_growth
 
     def _decision(self, line: Line, now: datetime) -> drift.Decision:
         """Whether last week asks for a retraining, by what is known of the deployed one."""
@@ -324,9 +339,13 @@ class Replay:
     def _fresh(self, now: datetime) -> Training:
         return self._trained(self._ungated(now), None)
 
-    def _trained(self, split: SplitConfig, base: Base | None) -> Training:
+    def _trained(self, split: SplitConfig, base: Base | None, checked: bool = True) -> Training:
+        """Train, or take what was trained; ``checked``: as to whether a warm start will do."""
         key = (split.validation_from, split.test_from, base.version if base else None)
         if key not in self._trainings:
+            settings = self.recipe.retraining
+            if not checked:
+                settings = settings.model_copy(update={"fresh_margin": math.inf})
             started = time.perf_counter()
             train, validation, test = (
                 split.moment(name) for name in ("train_from", "validation_from", "test_from")
@@ -334,7 +353,7 @@ class Replay:
             done = retrain(
                 self.log.window(train, validation),
                 self.log.window(validation, test),
-                self.recipe,
+                replace(self.recipe, retraining=settings),
                 base,
                 "as the policy asks",
                 self.folder / f"{validation:%Y%m%d}-{test:%Y%m%d}-{key[-1] or 'fresh'}",

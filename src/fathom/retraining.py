@@ -317,7 +317,7 @@ def retrain(
     rows = warm_rows(training_window.moments, until, recipe.retraining)
     if not (training_window.moments >= until).any():
         return only(fresh(), f"there is nothing newer than what {base.version} was trained on")
-    growth = len(training_window.moments) / _fresh_rows(base.ranker.provenance)
+    growth = grown(len(training_window.moments), base.ranker.provenance)
     if growth >= recipe.retraining.fresh_growth:
         return only(fresh(), f"{growth:.2f} times the rows of the last fresh start are there")
     warm, trouble = None, ""
@@ -335,6 +335,11 @@ def retrain(
     best = min(attempts, key=lambda tried: tried.loss)
     why = f"{reason}; a warm start is not good enough: {trouble}; the {best.start} one is better"
     return _said(Retrained(best, attempts, base.version, why))
+
+
+def grown(rows: int, provenance: Mapping[str, Any]) -> float:
+    """How many times the rows are there that a ranker's last fresh start learnt from."""
+    return rows / _fresh_rows(provenance)
 
 
 def _fresh_rows(provenance: Mapping[str, Any]) -> int:
