@@ -205,7 +205,7 @@ def new_store(
     spec = world.champion.spec
     place = _leaned(
         world,
-        lambda c: spec.owner(c.name) == "context" and world.reference.forms[c.name].kind == "id",
+        lambda c: c.kind == "categorical" and spec.owner(c.name) == "context" and not c.values,
     ).name
     chosen = _chosen(rows, spec.entities.request, size, draw)
     changed = {place: rows[place].mask(chosen, "never seen")}

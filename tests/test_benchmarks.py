@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,11 +21,13 @@ import pytest
 import fathom
 import forks
 from fathom.config import TrainingConfig
+from fathom.drift import MonitoringConfig
 from fathom.encoding import fit_encoder
 from fathom.evaluation import EvaluationConfig, Predictions
 from fathom.feature_store import to_arrow
 from fathom.gate import Compared, GateConfig, Verdict
-from small_ranker import SPEC, plain_frame
+from fathom.registry import Registry
+from small_ranker import SPEC, exposures, plain_frame, register
 
 ROOT = Path(__file__).parents[1]
 METRICS = ["auc", "logloss", "user_auc", "ndcg_at_10", "calibration", "ece"]
@@ -345,3 +348,72 @@ def test_warm_start_compares_champion_fresh_and_warm_on_the_week_that_follows(
     assert sum(line.startswith(("HELD", "MISSED")) for line in lines) == 2
     with pytest.raises(warm_start.InputError, match="lower --cutoffs"):
         warm_start.measure(year, *given[:-1], warm_start.Plan([40], [1], [0.0]))
+
+
+# -- drift -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleType, Any]]:
+    """``benchmarks/drift.py``, and a small shop's world for it."""
+    folder = tmp_path_factory.mktemp("drift")
+    ranker = register(folder).ranker
+    versions = Registry(folder / "06_models" / "registry")
+    versions.promote(versions.register(ranker.save), "the first")
+    (folder / "05_model_input").mkdir()
+    pq.write_table(exposures(4000, days=28), folder / "05_model_input" / "validation.parquet")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    module = importlib.import_module("drift")
+    config = MonitoringConfig(min_rows=100, min_labels=20, draws=20, leaning_rows=200)
+    yield module, next(module.worlds(folder, config, [0]))
+    sys.path.remove(str(ROOT / "benchmarks"))
+    del sys.modules["drift"]
+
+
+def test_a_quiet_year_is_of_rows_that_the_reference_does_not_hold(world: Any) -> None:
+    module, shop = world
+    rows, window = shop.week(3, np.random.default_rng(0))
+    assert rows["event_timestamp"].between(window.start, window.end).all()
+    assert set(rows["request_id"]) < set(shop.pool["request_id"])
+    assert len(set(shop.pool["request_id"])) + len(set(shop.reference.labelled.request)) == 800
+    found = module.quiet(shop, 3, 0)
+    assert set(found) == {"retrainings", "alerts", "windows_with_drifted_columns", "asking"}
+    assert found["retrainings"] == 0
+
+
+def test_each_drift_is_planted_where_it_says(world: Any) -> None:
+    module, shop = world
+    rows, _ = shop.week(0, np.random.default_rng(0))
+    for plant, sizes, _ in module.PLANTS:
+        made = plant(shop, rows, sizes[-1], 0, np.random.default_rng(1))
+        changed = made.shift is not None or len(made.rows) < len(rows)
+        same = set(rows) & set(made.rows) - {"probability"}
+        changed = changed or any(
+            made.rows[name].astype(str).tolist() != rows[name].astype(str).tolist() for name in same
+        )
+        assert changed, plant.__name__
+
+
+def test_a_drift_of_labels_costs_what_knowing_it_would_win(world: Any) -> None:
+    """Labels that follow a shift: the champion's loss is above that of the one that knows it."""
+    module, shop = world
+    draw = np.random.default_rng(2)
+    rows, _ = shop.week(0, draw)
+    rows = pd.concat([rows] * 20, ignore_index=True)
+    truth = draw.random(len(rows)) < rows["probability"]
+    made = module.label_rate_step(shop, rows.assign(bought=truth.astype(int)), 1.0, 0, draw)
+    after = module._relabelled(shop, made, draw)
+    p, q = rows["probability"], 1 / (1 + (1 / rows["probability"] - 1) * np.exp(-1.0))
+    by_hand = -(q * np.log(p) + (1 - q) * np.log(1 - p)).mean()
+    by_hand /= -(q * np.log(q) + (1 - q) * np.log(1 - q)).mean()
+    assert module._cost(shop, after, rows, made.shift) == pytest.approx(by_hand - 1, rel=0.1)
+
+
+def test_the_rate_of_false_retrainings_has_an_exact_interval(world: Any) -> None:
+    low, high = world[0]._poisson(0, 240)
+    assert (low, high) == (0.0, pytest.approx(3.689 / 240, rel=1e-3))  # -ln 0.025, by hand
+
+
+def test_drift_names_what_is_missing(world: Any, tmp_path: Path) -> None:
+    with pytest.raises(world[0].InputError, match=r"has no 05_model_input/validation\.parquet; m"):
+        next(world[0].worlds(tmp_path, MonitoringConfig(), [0]))
