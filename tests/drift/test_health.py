@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from fathom.drift import Delivery, Reference, Trace, measure
+from fathom.spec import FeatureSpec
 from shop import CONFIG, SHOP, WINDOW, changed, past, reference, shop, spec, watch, week
 
 MEND = "mend the source rather than retrain on it"
@@ -81,6 +82,28 @@ def test_labels_tell_a_stuck_feed_from_more_of_one_kind() -> None:
 
 def test_a_new_value_is_no_stuck_feed() -> None:
     assert faults(changed(week(), share=0.6, channel="kiosk")) == []
+
+
+def test_a_new_channel_that_has_no_past_yet_is_no_stuck_feed() -> None:
+    """Its count of 0 is true. The same count for a channel that is known is a broken feed."""
+    counted = {"name": "sales", "kind": "numeric"}
+    counted |= {"aggregate": {"by": ["channel"], "measure": "count"}}
+    plain = {"name": "channel", "kind": "categorical"}
+    watched = FeatureSpec.model_validate(
+        SHOP.model_dump(include={"entities", "label"})
+        | {"columns": [plain | {"owner": "context"}, counted]}
+    )
+    sales = {"app": 900.0, "web": 500.0, "shop": 100.0}
+
+    def of(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(sales=frame["channel"].map(sales))
+
+    kept = Reference.of(of(past()), watched, CONFIG)
+    stuck = changed(of(week()), share=0.6, sales=0.0)
+    new = changed(stuck, share=0.6, channel="kiosk")  # the same rows, by the same seed
+    (fault,) = measure(kept, stuck, WINDOW).faults
+    assert re.match(r"sales: \d\d\.\d% of the rows changed to 00: ≤ ", fault)
+    assert measure(kept, new, WINDOW).faults == ()
 
 
 def test_where_the_others_moved_too_it_is_a_change_of_the_world() -> None:

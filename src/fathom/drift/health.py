@@ -109,6 +109,7 @@ def faults(
     computed: Collection[str],
     labels: Mapping[str, Labels],
     is_one_value: Callable[[str, int], bool],
+    keys: Mapping[str, Collection[str]],
     delivery: Delivery,
     config: MonitoringConfig,
 ) -> list[str]:
@@ -124,6 +125,7 @@ def faults(
             happened yet, a value like any other.
         labels: watched column → label rates of its bins, where labels suffice.
         is_one_value: whether the rows in a column's bin mostly have one value.
+        keys: computed column → the columns that it is summarised by.
     """
     found: list[str] = []
     for name, rows in counts.items():
@@ -136,9 +138,10 @@ def faults(
             missing = max(missing, usual)
         missing = 1.0 if name in computed else missing
         fault = _missing(name, was, rows, missing, config)
-        fault = fault or _stuck(
-            name, was, rows, bins[name], usual, labels.get(name), is_one_value, config
-        )
+        if fault is None and not _explained(before, now, bins, keys.get(name, ())):
+            fault = _stuck(
+                name, was, rows, bins[name], usual, labels.get(name), is_one_value, config
+            )
         found += [fault] if fault else []
     for name, values in now.tenths.items():
         factor = _factor(before.tenths.get(name), values, config)
@@ -199,6 +202,18 @@ def _stuck(
         f"{name}: {share:.1%} of the rows changed to {bins[place]} and the others stayed as they "
         "were, as where a feed is stuck; mend the source rather than retrain on it"
     )
+
+
+def _explained(
+    before: Trace, now: Trace, bins: Mapping[str, Sequence[str]], keys: Collection[str]
+) -> bool:
+    """Whether many new keys have come, of which nothing is known: a new store is no stuck feed."""
+    for key in keys:
+        if UNKNOWN in bins.get(key, ()) and len(before.shares.get(key, ())) == len(bins[key]):
+            place = list(bins[key]).index(UNKNOWN)
+            if now.shares[key][place] - before.shares[key][place] >= _LEAST_RISE / 2:
+                return True
+    return False
 
 
 def _flood(

@@ -172,6 +172,7 @@ def measure(
         reference.computed,
         {} if unlabelled else {n: _rates(reference, n, labelled, codes[n]) for n in codes},
         lambda name, place: _is_one_value(reference, name, current, codes[name] == place),
+        reference.keys,
         delivery or Delivery(),
         config,
     )

@@ -205,6 +205,19 @@ class Reference:
         raw = {c.name for c in self.spec.columns if c.aggregate is None and c.ratio is None}
         return frozenset(n for n, form in self.forms.items() if form.watched.column not in raw)
 
+    @cached_property
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """Watched column → the columns that it is summarised by."""
+        found = {}
+        for name, form in self.forms.items():
+            column = self.spec.by_name.get(form.watched.column)
+            if column is not None and column.aggregate is not None:
+                found[name] = tuple(column.aggregate.by)
+            elif column is not None and column.ratio is not None:
+                part = self.spec.by_name[column.ratio.of].aggregate
+                found[name] = tuple(part.by) if part is not None else ()
+        return found
+
     def numbers_of(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The numeric columns of a frame."""
         return _numbers(frame, self.forms, self.config)
