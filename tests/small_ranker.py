@@ -236,7 +236,8 @@ def register(
     batch = encoder.encode(frame)
     training, validation = np.split(np.arange(len(batch)), [len(batch) * 4 // 5])
     trained = train(encoder.layout, batch.take(training), batch.take(validation), config, "binary")
-    provenance = {"trained_until": "2024-01-30", "seed": 0}
+    provenance = {"trained_from": "2024-01-01", "trained_until": "2024-01-30", "seed": 0}
+    provenance |= {"rows": {"train": len(training)}}
     tower = fit_tower(encoder, batch.take(training), TowerConfig(factors=factors))
     ranker = Ranker(encoder, trained.model, config, provenance, tower)
     rows = rows_of_frame(frame, spec, range(GOLDEN))

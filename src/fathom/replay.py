@@ -40,8 +40,8 @@ from fathom.retraining import (
     Start,
     Window,
     base_from,
-    grown,
     newest_split,
+    outgrown,
     retrain,
     utc,
 )
@@ -76,7 +76,7 @@ class ReplayConfig(BaseModel):
     first_weeks: int = Field(default=10, ge=2)
     weeks: int | None = Field(default=None, ge=2)
     fixed_weeks: int = Field(default=4, ge=1)
-    policies: tuple[str, ...] = ("never", "weekly", "fixed", "fathom", "growing", "weekly_warm")
+    policies: tuple[str, ...] = ("never", "weekly", "fixed", "fathom", "drift_only", "weekly_warm")
 
 
 class ReplayError(ValueError):
@@ -108,9 +108,13 @@ POLICIES = {
     "weekly": Policy("fresh every week, deployed unseen", 1),
     "fixed": Policy("fresh every few weeks, deployed unseen", 4),
     "fathom": Policy(
-        "drift decides, warm start with a fresh one as fallback, gate", 1, "warm", True
+        "drift and growth decide, warm start with a fresh one as fallback, gate",
+        1,
+        "warm",
+        watched=True,
+        growing=True,
     ),
-    "growing": Policy("the same, and when the data have outgrown it", 1, "warm", True, True),
+    "drift_only": Policy("the same, but drift alone decides", 1, "warm", watched=True),
     "weekly_warm": Policy("warm every week, deployed unseen", 1, "warm"),
 }
 
@@ -260,12 +264,9 @@ class Replay:
             decision = self._decision(line, now)
             line.decisions.append(decision)
             done["reasons"] = list(decision.reasons)
-            split = newest_split(now, self.log.spec, self.recipe.retraining, self.train_from)
-            outgrown = policy.growing and not decision.alerts and self._outgrown(line, split)
-            if outgrown:
-                done["reasons"].append("data: they have outgrown what the champion has learnt from")
-            if not decision.retrain and not outgrown:
+            if not decision.retrain:
                 return done
+            split = self._split(now)
             seen = line.training.split.moment("validation_from")
             if split.moment("validation_from") <= seen:
                 return done | {"reasons": [*done["reasons"], "nothing newer to learn from"]}
@@ -283,11 +284,16 @@ class Replay:
         started = list(training.started)
         return done | {"retrained": True, "promoted": promoted, "started": started}
 
-    def _outgrown(self, line: Line, split: SplitConfig) -> bool:
-        """Whether a retraining would start fresh for the growth of the data."""
+    def _split(self, now: datetime) -> SplitConfig:
+        return newest_split(now, self.log.spec, self.recipe.retraining, self.train_from)
+
+    def _outgrown(self, line: Line, now: datetime) -> str | None:
+        if not line.policy.growing:
+            return None
+        split = self._split(now)
         rows = self.log.rows(*(split.moment(name) for name in ("train_from", "validation_from")))
-        growth = grown(rows.num_rows, line.training.base.ranker.provenance)
-        return growth >= self.recipe.retraining.fresh_growth
+        provenance = line.training.base.ranker.provenance
+        return outgrown(rows.num_rows, provenance, self.recipe.retraining)
 
     def _decision(self, line: Line, now: datetime) -> drift.Decision:
         """Whether last week asks for a retraining, by what is known of the deployed one."""
@@ -305,7 +311,8 @@ class Replay:
             drift.last_sound(line.decisions, version),
             total=live.num_rows,
         )
-        return drift.decide(found, line.decisions, self.monitoring, version)
+        why = self._outgrown(line, now)
+        return drift.decide(found, line.decisions, self.monitoring, version, why)
 
     def _sampled(self, rows: pa.Table) -> pa.Table:
         """As much of some exposures as monitoring looks at."""

@@ -342,6 +342,23 @@ def grown(rows: int, provenance: Mapping[str, Any]) -> float:
     return rows / _fresh_rows(provenance)
 
 
+def outgrown(rows: int, provenance: Mapping[str, Any], config: RetrainingConfig) -> str | None:
+    """Why data that have outgrown a ranker ask for its retraining; None if they have not.
+
+    More data win what no correction of the old model's errors shows, so that drift does not see it.
+
+    Args:
+        rows: that a retraining would learn from.
+    """
+    growth = grown(rows, provenance)
+    if growth < config.fresh_growth:
+        return None
+    return (
+        f"growth: there are {growth:.2f} times the rows that the champion goes back to "
+        f"(≥ {config.fresh_growth:g})"
+    )
+
+
 def _fresh_rows(provenance: Mapping[str, Any]) -> int:
     """The rows that a ranker's last fresh start learnt from."""
     return int(provenance.get("fresh_rows", provenance["rows"]["train"]))

@@ -265,3 +265,27 @@ def test_many_drifted_features_are_named_by_what_they_put_at_stake() -> None:
     assert ": c7 psi 0.300 ≥ 0.1; c6 psi" in features
     assert features.endswith("; c3 psi 0.300 ≥ 0.1; and 3 more")
     assert predictions == "features: predictions drifted: psi 0.250 ≥ 0.1"
+
+
+# ---------------------------------------------------------------- growth
+
+GROWTH = "growth: there are 1.60 times the rows that the champion goes back to (≥ 1.5)"
+
+
+def test_data_that_have_outgrown_the_champion_ask_at_once() -> None:
+    decision = decide(measured(0.0), (), CONFIG, "v1", GROWTH)
+    assert (decision.retrain, decision.severity) == (True, "none")
+    assert GROWTH in decision.reasons
+
+
+def test_growth_waits_for_the_cool_down_and_for_sound_data() -> None:
+    (first,) = series(0.03)
+    assert first.retrain
+    again = decide(measured(0.0, weeks=1), [first], CONFIG, "v2", GROWTH)
+    assert not again.retrain
+    assert (
+        again.reasons[-1] == "waiting: 1 windows since the last retraining, and the cool-down is 2"
+    )
+    broken = decide(measured(0.0, faults=("price: all null",)), (), CONFIG, "v1", GROWTH)
+    assert not broken.retrain
+    assert "waiting: a fault of the data is no training set; mend it first" in broken.reasons

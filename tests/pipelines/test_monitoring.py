@@ -26,11 +26,13 @@ from fathom.pipelines.monitoring.nodes import (
     score_window,
 )
 from fathom.registry import Registry
+from fathom.retraining import RetrainingConfig
 from small_ranker import START, exposures
 
 CONFIG = MonitoringConfig(min_rows=100, min_labels=20, draws=20)
 NEWEST = START + timedelta(days=28)
 REPORT: list[dict[str, Any]] = []
+RETRAINING = RetrainingConfig(fresh_growth=9.0)
 
 
 def log() -> Any:
@@ -52,7 +54,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def watch(registry: str, lines: str | None = None, **window: Any) -> tuple[Any, ...]:
-    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(**window), registry)
+    rows, watched = score_window(
+        log(), None, {}, CONFIG, WindowConfig(**window), RETRAINING, registry
+    )
     return decide(ibis.memtable(rows), watched, REPORT, lines, CONFIG, registry)
 
 
@@ -92,7 +96,7 @@ def test_a_window_has_bounds_of_its_own(key: str, value: Any) -> None:
 
 
 def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
-    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), registry)
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), RETRAINING, registry)
     rows = rows.to_pandas()
     versions = Registry(Path(registry))
     champion = versions.champion()
@@ -102,6 +106,7 @@ def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
         "start": "2024-01-22T00:00:00+00:00",
         "end": "2024-01-29T00:00:00+00:00",
         "rows": 800,
+        "outgrown": None,
     }
     assert len(rows) == 800
     assert rows["event_timestamp"].min() >= NEWEST - timedelta(days=7)
@@ -113,24 +118,18 @@ def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
 
 def test_of_a_large_window_a_sample_of_whole_requests_is_scored(registry: str) -> None:
     few = CONFIG.model_copy(update={"sample_rows": 200})
-    rows, watched = score_window(log(), None, {}, few, WindowConfig(), registry)
+    rows, watched = score_window(log(), None, {}, few, WindowConfig(), RETRAINING, registry)
     rows = rows.to_pandas()
     assert watched["rows"] == 800
     assert 100 < len(rows) < 300
     assert set(rows["request_id"].value_counts()) == {5}
-    again, _ = score_window(log(), None, {}, few, WindowConfig(), registry)
+    again, _ = score_window(log(), None, {}, few, WindowConfig(), RETRAINING, registry)
     assert sorted(again["request_id"].to_pylist()) == sorted(rows["request_id"])
 
 
 def test_both_ends_of_a_window_belong_to_it(registry: str) -> None:
-    rows, _ = score_window(
-        log(),
-        None,
-        {},
-        CONFIG,
-        WindowConfig(since=START.isoformat(), until=START.isoformat()),
-        registry,
-    )
+    moment = WindowConfig(since=START.isoformat(), until=START.isoformat())
+    rows, _ = score_window(log(), None, {}, CONFIG, moment, RETRAINING, registry)
     assert rows["event_timestamp"].to_pylist() == [START]
 
 
@@ -140,12 +139,22 @@ def served(champion: str, how: str = "champion") -> Any:
     return log().rename({REQUEST: "request_id"}).mutate(**added).to_pyarrow()
 
 
+def test_data_that_have_outgrown_the_champion_ask_for_a_retraining(registry: str) -> None:
+    """It learnt from 320 rows. Three weeks aside, a week of 800 is there to learn from."""
+    few = RetrainingConfig(fresh_growth=2.0)
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), few, registry)
+    assert watched["outgrown"].startswith("growth: there are 2.50 times the rows")
+    decision = decide(ibis.memtable(rows), watched, REPORT, None, CONFIG, registry)[0]
+    assert watched["outgrown"] in decision["reasons"]
+    assert decision["retrain"] is not bool(decision["alerts"])
+
+
 def test_what_was_served_is_watched_with_the_predictions_that_were_served(registry: str) -> None:
     champion = str(Registry(Path(registry)).champion())
     others = [served(champion, "shadow"), served("another")]
     logged = ibis.memtable(pa.concat_tables([served(champion), *others]))
     of = WindowConfig(of="served")
-    rows, watched = score_window(log(), logged, {}, CONFIG, of, registry)
+    rows, watched = score_window(log(), logged, {}, CONFIG, of, RETRAINING, registry)
     assert (watched["rows"], len(rows)) == (800, 800)
     assert set(rows["probability"].to_pylist()) == {0.5}
     assert "request_id" in rows.column_names
@@ -154,13 +163,13 @@ def test_what_was_served_is_watched_with_the_predictions_that_were_served(regist
 def test_what_was_served_cannot_be_watched_before_it_has_outcomes(registry: str) -> None:
     of = WindowConfig(of="served")
     with pytest.raises(ValueError, match=r"nothing is joined with its outcomes yet; run kedro run"):
-        score_window(log(), None, {}, CONFIG, of, registry)
+        score_window(log(), None, {}, CONFIG, of, RETRAINING, registry)
     with pytest.raises(ValueError, match=r"nothing that champion .* has served is joined"):
-        score_window(log(), ibis.memtable(served("another")), {}, CONFIG, of, registry)
+        score_window(log(), ibis.memtable(served("another")), {}, CONFIG, of, RETRAINING, registry)
 
 
 def test_without_a_champion_there_is_nothing_to_score(tmp_path: Path) -> None:
-    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), str(tmp_path))
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), RETRAINING, str(tmp_path))
     assert (len(rows), watched["version"]) == (0, None)
     decision, lines, page, figures, snapshots = decide(
         ibis.memtable(rows), watched, REPORT, None, CONFIG, str(tmp_path)
@@ -207,7 +216,7 @@ def test_watching_a_window_twice_is_watching_it_once(registry: str, quiet: tuple
 
 
 def test_what_validation_refused_of_the_newest_delivery_is_a_fault(registry: str) -> None:
-    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), registry)
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), RETRAINING, registry)
     partitions = [
         {"rows_in": 1000, "quarantined": 0},
         {"rows_in": 1000, "quarantined": 80},

@@ -24,7 +24,8 @@ class Decision:
     """Whether to retrain, and what speaks for it or is to be known beside it.
 
     Attributes:
-        reasons: each starts with what it is about: ``loss``, ``features``, ``data``, ``waiting``.
+        reasons: each starts with what it is about: ``loss``, ``features``, ``growth``, ``data``,
+            ``waiting``.
         severity: of the expected loss: below half of ``min_loss``, below it, below
             ``critical_loss``, or above.
         alerts: faults of the data. They ask for a person; while there are any, nothing is
@@ -73,6 +74,7 @@ def decide(
     history: Sequence[Decision],
     config: MonitoringConfig,
     version: str | None = None,
+    outgrown: str | None = None,
 ) -> Decision:
     """Weigh a window.
 
@@ -83,6 +85,8 @@ def decide(
     a multiple of what labels would have to say.
 
     Args:
+        outgrown: why the data ask for a retraining, if there are so many more of them than the
+            champion has learnt from. That waits for the cool-down alone.
         history: earlier decisions, oldest first. Those of this window are left out, so that a
             window that is weighed again gives the same.
     """
@@ -94,13 +98,17 @@ def decide(
     reasons = [*_loss(found, expected, config), *_features(found, confirmed)]
     reasons += [f"data: {cause}" for cause in found.unlabelled]
     asks = SEVERITIES.index(severity) >= SEVERITIES.index("major")
-    retrain = asks and not found.faults
-    if found.faults and asks:
+    if outgrown is not None:
+        reasons.append(outgrown)
+    retrain = severity == "critical"
+    if not retrain and (asks or outgrown is not None):
+        few = _too_few_in_a_row(history, config, version) if asks else []
+        cooling = _cooling_down(history, config)
+        retrain = not cooling and (outgrown is not None or not few)
+        reasons += few + cooling
+    if found.faults and (asks or outgrown is not None):
         reasons.append("waiting: a fault of the data is no training set; mend it first")
-    if retrain and severity != "critical":
-        waiting = _waiting(history, config, version)
-        retrain = not waiting
-        reasons += waiting
+    retrain = retrain and not found.faults
     evidence = {
         "expected_loss": round(expected, 6),
         "confirmed": confirmed,
@@ -169,25 +177,27 @@ def _features(found: Measurement, confirmed: bool) -> list[str]:
     return reasons
 
 
-def _waiting(
+def _too_few_in_a_row(
     history: Sequence[Decision], config: MonitoringConfig, version: str | None
 ) -> list[str]:
-    """Why not yet; empty if there is nothing to wait for."""
-    waiting = []
+    """Why a window's word is not enough yet; empty if it is."""
     earlier = list(history)[-(config.persistence - 1) :] if config.persistence > 1 else []
     asking = [
         past
         for past in earlier
         if past.version == version and past.severity in ("major", "critical") and not past.alerts
     ]
-    if len(asking) < config.persistence - 1:
-        waiting.append(
-            f"waiting: window {len(asking) + 1} of {config.persistence} in a row that asks for it"
-        )
+    if len(asking) == config.persistence - 1:
+        return []
+    return [f"waiting: window {len(asking) + 1} of {config.persistence} in a row that asks for it"]
+
+
+def _cooling_down(history: Sequence[Decision], config: MonitoringConfig) -> list[str]:
+    """Why it is too soon after a retraining; empty if it is not."""
     since = next((n for n, past in enumerate(reversed(history)) if past.retrain), config.cool_down)
-    if since < config.cool_down:
-        waiting.append(
-            f"waiting: {since + 1} windows since the last retraining, and the cool-down is "
-            f"{config.cool_down}"
-        )
-    return waiting
+    if since >= config.cool_down:
+        return []
+    return [
+        f"waiting: {since + 1} windows since the last retraining, and the cool-down is "
+        f"{config.cool_down}"
+    ]

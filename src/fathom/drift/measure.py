@@ -275,8 +275,10 @@ def _rates(reference: Reference, name: str, labelled: Labelled, codes: Codes) ->
 def _is_one_value(
     reference: Reference, name: str, current: pd.DataFrame, inside: NDArray[np.bool_]
 ) -> bool:
-    """Whether most rows of a bin have one and the same value."""
+    """Whether most rows of a bin have one and the same value, as a feed gives them."""
     form = reference.forms[name]
+    if form.watched.aspect == "hits":
+        return False
     if form.kind != "numeric":
         return form.kind == "categorical"
     values = values_of(current[inside], form.watched, reference.config.seed)

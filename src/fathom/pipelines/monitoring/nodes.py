@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fathom.drift.config import MonitoringConfig
+from fathom.retraining import RetrainingConfig
 from fathom.spec import EVENT_TIMESTAMP
 
 if TYPE_CHECKING:
     from ibis.expr.types import Table
     from pyarrow import Table as ArrowTable
+
+    from fathom.ranker import Ranker
 else:
-    Table = ArrowTable = Any
+    Table = ArrowTable = Ranker = Any
 
 
 class WindowConfig(BaseModel):
@@ -65,6 +68,7 @@ def score_window(
     release: dict[str, Any],
     config: MonitoringConfig,
     window: WindowConfig,
+    retraining: RetrainingConfig,
     registry: str,
 ) -> tuple[ArrowTable, dict[str, Any]]:
     """Score a sample of the newest exposures with the champion.
@@ -75,7 +79,8 @@ def score_window(
 
     Returns:
         The sampled rows with ``probability`` and the hits of crosses, none without a champion; the
-        champion's version, and the window's bounds and number of rows.
+        champion's version, the window's bounds and number of rows, and why the data have outgrown
+        the champion, if they have.
 
     Raises:
         ValueError: what was served is asked for, and there is nothing.
@@ -111,6 +116,7 @@ def score_window(
     rows = log.filter((moment >= start) & (moment <= end))
     if window.of == "served":
         rows = rows.rename({champion.spec.entities.request: REQUEST})
+    found["outgrown"] = _outgrown(training_frame, champion, end, retraining)
     names = drift.watched_columns(champion.spec)
     own = [drift.PROBABILITY] if window.of == "served" else []
     rows = rows.select(*names, *own)
@@ -118,6 +124,19 @@ def score_window(
     sample = drift.sampled(rows, champion.spec, config.sample_rows)
     scored = drift.scored(champion, sample.to_pyarrow())
     return pa.Table.from_pandas(scored, preserve_index=False), found
+
+
+def _outgrown(
+    training_frame: Table, champion: Ranker, end: datetime, config: RetrainingConfig
+) -> str | None:
+    """Why what a retraining would learn from asks for one; None if it does not."""
+    from fathom.retraining import outgrown, trained_from
+
+    moment = training_frame[EVENT_TIMESTAMP]
+    begin = trained_from(champion.provenance)
+    until = end - timedelta(days=config.validation_days + config.test_days)
+    rows = training_frame.filter((moment >= begin) & (moment < until)).count()
+    return outgrown(rows.to_pyarrow().as_py(), champion.provenance, config)
 
 
 def decide(
@@ -158,7 +177,7 @@ def decide(
             _delivery(validation_report, window.end),
             watched["rows"],
         )
-        decision = drift.decide(found, past, config, version)
+        decision = drift.decide(found, past, config, version, watched["outgrown"])
         made = drift.report(reference, found, decision)
     return (
         decision.to_json(),

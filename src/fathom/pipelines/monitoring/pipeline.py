@@ -23,6 +23,7 @@ def create_pipeline() -> Pipeline:
                     "release",
                     "params:monitoring",
                     "params:window",
+                    "params:retraining",
                     "params:registry",
                 ],
                 outputs=["scored_window", "watched"],

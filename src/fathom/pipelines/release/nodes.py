@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import os
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,9 @@ class ReleaseConfig(BaseModel):
 
     Args:
         golden_rows: recorded test rows that every copy of the ranker must score alike.
-        reference_rows: about so many validation rows, of whole requests, that drift is measured
-            against.
+        reference_rows: about so many rows, of whole requests, that drift is measured against.
+        reference_days: they are of the first days after the training data, so many of them. Two
+            windows of monitoring are the least from which thresholds can be calibrated.
         seed: of the recorded rows' sample.
         max_p99_ms: 99 in 100 golden requests must be answered within this.
     """
@@ -43,6 +44,7 @@ class ReleaseConfig(BaseModel):
 
     golden_rows: int = Field(default=64, ge=1, le=10_000)
     reference_rows: int = Field(default=20_000, ge=100)
+    reference_days: int = Field(default=28, ge=1)
     seed: int = Field(default=0, ge=0)
     max_p99_ms: float = Field(default=500.0, gt=0)
 
@@ -92,7 +94,11 @@ def register(
         "probabilities": candidate.score(frame).tolist(),
         "timestamp": test_frame[EVENT_TIMESTAMP].max().to_pyarrow().as_py().isoformat(),
     }
-    watched = validation_frame.select(*drift.watched_columns(spec))
+    held_out = validation_frame.union(test_frame)
+    moment = held_out[EVENT_TIMESTAMP]
+    begin = moment.min().to_pyarrow().as_py()
+    held_out = held_out.filter(moment < begin + timedelta(days=config.reference_days))
+    watched = held_out.select(*drift.watched_columns(spec))
     reference = drift.sampled(watched, spec, config.reference_rows).to_pyarrow()
     scores = candidate.score(frame_of(reference))
     versions = Registry(Path(registry))
