@@ -10,7 +10,7 @@ away; the label has one value only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fathom.drift import scores
-from fathom.drift.config import PROBABILITY, MonitoringConfig
+from fathom.drift.config import MonitoringConfig
 from fathom.drift.forms import UNKNOWN
 
 Floats = NDArray[np.float64]
@@ -99,17 +99,42 @@ def tenths(numbers: pd.DataFrame) -> dict[str, list[float]]:
     return found
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A watched column of a window beside what it was. Legend: B bins.
+
+    Attributes:
+        was: (B,) shares in the last sound window.
+        rows: (B,) now.
+        usual_moved, usual_missing: share of rows that change their bin, and rise of the share of
+            missing values, that windows without drift reach.
+        computed: from logs, so that missing means that nothing happened yet, a value like any.
+        keys: the columns that it is summarised by.
+        labels: label rates, where labels suffice.
+        is_one_value: whether the rows in a bin mostly have one value, as a feed gives it.
+    """
+
+    name: str
+    bins: Sequence[str]
+    was: Floats
+    rows: NDArray[np.int64]
+    usual_moved: float
+    usual_missing: float
+    computed: bool
+    keys: Sequence[str]
+    labels: Labels | None
+    is_one_value: Callable[[int], bool]
+
+    @property
+    def now(self) -> Floats:
+        """(B,) shares now."""
+        return np.asarray(self.rows / self.rows.sum(), np.float64)
+
+
 def faults(
     now: Trace,
     before: Trace,
-    counts: Mapping[str, NDArray[np.int64]],
-    bins: Mapping[str, Sequence[str]],
-    usual_moved: Mapping[str, float],
-    usual_missing: Mapping[str, float],
-    computed: Collection[str],
-    labels: Mapping[str, Labels],
-    is_one_value: Callable[[str, int], bool],
-    keys: Mapping[str, Collection[str]],
+    columns: Iterable[Compared],
     delivery: Delivery,
     config: MonitoringConfig,
 ) -> list[str]:
@@ -117,31 +142,13 @@ def faults(
 
     Args:
         now, before: of the window, and of the last sound one.
-        counts: watched column → its rows by bin, now.
-        bins: watched column → the names of its bins.
-        usual_moved, usual_missing: share of rows that change their bin, and rise of the share of
-            missing values, that windows without drift reach.
-        computed: those of them that are computed from logs, where missing means that nothing
-            happened yet, a value like any other.
-        labels: watched column → label rates of its bins, where labels suffice.
-        is_one_value: whether the rows in a column's bin mostly have one value.
-        keys: computed column → the columns that it is summarised by.
     """
+    compared = {column.name: column for column in columns if len(column.was) == len(column.rows)}
     found: list[str] = []
-    for name, rows in counts.items():
-        was = np.array(before.shares.get(name, ()))
-        if len(was) != len(rows) or name == PROBABILITY:
-            continue
-        usual = usual_moved.get(name, 0.0)
-        missing = usual_missing.get(name, 0.0)
-        if was[-1] > config.missing_rise:  # of a column that often is, the mix of rows moves it
-            missing = max(missing, usual)
-        missing = 1.0 if name in computed else missing
-        fault = _missing(name, was, rows, missing, config)
-        if fault is None and not _explained(before, now, bins, keys.get(name, ())):
-            fault = _stuck(
-                name, was, rows, bins[name], usual, labels.get(name), is_one_value, config
-            )
+    for column in compared.values():
+        fault = _missing(column, config)
+        if fault is None and not any(_is_new(compared.get(key)) for key in column.keys):
+            fault = _stuck(column, config)
         found += [fault] if fault else []
     for name, values in now.tenths.items():
         factor = _factor(before.tenths.get(name), values, config)
@@ -150,87 +157,67 @@ def faults(
                 f"{name}: all its numbers are {factor:.3g} times what they were; if its unit "
                 "changed, convert it in the source"
             )
-    found += _delivered(now, before, delivery, config)
-    return found
+    return found + _delivered(now, before, delivery, config)
 
 
-def _missing(
-    name: str,
-    was: Floats,
-    now: NDArray[np.int64],
-    usual: float,
-    config: MonitoringConfig,
-) -> str | None:
-    before, after = was[-1], now[-1] / now.sum()
+def _missing(column: Compared, config: MonitoringConfig) -> str | None:
+    before, after = column.was[-1], column.now[-1]
     if after == 1 and before < 1:
-        return f"{name}: all null; mend the source rather than retrain on it"
-    if after - before >= max(config.missing_rise, usual):
-        return (
-            f"{name}: {after:.1%} missing, before {before:.1%}; a rise of "
-            f"{config.missing_rise:.1%} is a fault of the source; mend it rather than retrain on it"
-        )
-    return None
+        return f"{column.name}: all null; mend the source rather than retrain on it"
+    usual = column.usual_missing
+    if before > config.missing_rise:  # of a column that often is, the mix of rows moves it
+        usual = max(usual, column.usual_moved)
+    if column.computed or after - before < max(config.missing_rise, usual):
+        return None
+    return (
+        f"{column.name}: {after:.1%} missing, before {before:.1%}; a rise of "
+        f"{config.missing_rise:.1%} is a fault of the source; mend it rather than retrain on it"
+    )
 
 
-def _stuck(
-    name: str,
-    was: Floats,
-    now: NDArray[np.int64],
-    bins: Sequence[str],
-    usual: float,
-    labels: Labels | None,
-    is_one_value: Callable[[str, int], bool],
-    config: MonitoringConfig,
-) -> str | None:
+def _stuck(column: Compared, config: MonitoringConfig) -> str | None:
     """One value for some rows, all other rows as before: a mixture with a point mass.
 
     Worlds do that, too, when more of what is shown is of one kind. But then those rows are like
     the others of that kind, and in a broken feed they are like any: where the labels are there,
     their rate tells. Where it does not, only a flood is taken for a fault.
     """
-    after = now / now.sum()
-    place = int(np.argmax(after - was))
-    rise = float(after[place] - was[place])
-    if bins[place] == UNKNOWN or rise < _LEAST_RISE:
+    place = int(np.argmax(column.now - column.was))
+    before = float(column.was[place])
+    rise = float(column.now[place]) - before
+    if column.bins[place] == UNKNOWN or rise < _LEAST_RISE:
         return None
-    share = rise / (1 - float(was[place]))
-    told = labels is not None and labels.like_any(place, share, float(was[place]))
-    told = told or _flood(was, now, place, share, usual, config)
-    if not told or not is_one_value(name, place):
+    share = rise / (1 - before)
+    told = column.labels is not None and column.labels.like_any(place, share, before)
+    told = told or _flood(column, place, share, config)
+    if not told or not column.is_one_value(place):
         return None
     return (
-        f"{name}: {share:.1%} of the rows changed to {bins[place]} and the others stayed as they "
-        "were, as where a feed is stuck; mend the source rather than retrain on it"
+        f"{column.name}: {share:.1%} of the rows changed to {column.bins[place]} and the others "
+        "stayed as they were, as where a feed is stuck; mend the source rather than retrain on it"
     )
 
 
-def _explained(
-    before: Trace, now: Trace, bins: Mapping[str, Sequence[str]], keys: Collection[str]
-) -> bool:
-    """Whether many new keys have come, of which nothing is known: a new store is no stuck feed."""
-    for key in keys:
-        if UNKNOWN in bins.get(key, ()) and len(before.shares.get(key, ())) == len(bins[key]):
-            place = list(bins[key]).index(UNKNOWN)
-            if now.shares[key][place] - before.shares[key][place] >= _LEAST_RISE / 2:
-                return True
-    return False
-
-
-def _flood(
-    was: Floats,
-    now: NDArray[np.int64],
-    place: int,
-    share: float,
-    usual: float,
-    config: MonitoringConfig,
-) -> bool:
+def _flood(column: Compared, place: int, share: float, config: MonitoringConfig) -> bool:
     """Whether so many rows have moved to one bin, and nothing else has, that no label is needed."""
+    usual = column.usual_moved
     if share < max(config.stuck_share, 2 * usual):
         return False
-    others = np.arange(len(was)) != place
-    left = now[others].sum() / now.sum()
+    others = np.arange(len(column.was)) != place
+    left = column.now[others].sum()
     # Fewer rows are left than `usual` is for, so that chance moves a larger share of them.
-    return bool(left == 0 or scores.moved(was[others], now[others]) <= usual / math.sqrt(left))
+    return bool(
+        left == 0
+        or scores.moved(column.was[others], column.rows[others]) <= usual / math.sqrt(left)
+    )
+
+
+def _is_new(key: Compared | None) -> bool:
+    """Whether many new keys have come, of which nothing is known: a new store is no stuck feed."""
+    if key is None or UNKNOWN not in key.bins:
+        return False
+    place = list(key.bins).index(UNKNOWN)
+    return bool(key.now[place] - key.was[place] >= _LEAST_RISE / 2)
 
 
 def _factor(

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from fathom import evaluation
 from fathom.drift import health, scores
-from fathom.drift.config import Method, MonitoringConfig, MonitoringError, Window
+from fathom.drift.config import PROBABILITY, Method, MonitoringConfig, MonitoringError, Window
 from fathom.drift.forms import Codes, Kind, values_of
 from fathom.drift.frames import faults_of
-from fathom.drift.health import Delivery, Labels, Trace
+from fathom.drift.health import Compared, Delivery, Labels, Trace
 from fathom.drift.reference import Labelled, Reference, Usual
 from fathom.evaluation import Metrics, Predictions
 from fathom.spec import FeatureSpec
@@ -162,20 +162,13 @@ def measure(
         health.tenths(reference.numbers_of(current)),
         total / days,
     )
-    faults = health.faults(
-        trace,
-        before or reference.trace,
-        {name: now for name, (_, now) in counts.items()},
-        {name: form.bins for name, form in reference.forms.items()},
-        usual.moved,
-        usual.missing,
-        reference.computed,
-        {} if unlabelled else {n: _rates(reference, n, labelled, codes[n]) for n in codes},
-        lambda name, place: _is_one_value(reference, name, current, codes[name] == place),
-        reference.keys,
-        delivery or Delivery(),
-        config,
-    )
+    before = before or reference.trace
+    compared = [
+        _compared(reference, name, current, column, before, usual, labelled if won else None)
+        for name, column in codes.items()
+        if name != PROBABILITY
+    ]
+    faults = health.faults(trace, before, compared, delivery or Delivery(), config)
     faults += _alike(labelled, spec, config)
     return Measurement(
         window,
@@ -262,13 +255,33 @@ def _shares(counts: Codes) -> list[float]:
     return [round(float(share), 6) for share in counts / counts.sum()]
 
 
-def _rates(reference: Reference, name: str, labelled: Labelled, codes: Codes) -> Labels:
-    bins = len(reference.forms[name].bins)
-    before = reference.labelled
-    return Labels(
-        before.rates(reference.codes[name], bins),
-        labelled.rates(codes, bins),
-        float(before.label.mean()),
+def _compared(
+    reference: Reference,
+    name: str,
+    current: pd.DataFrame,
+    codes: Codes,
+    before: Trace,
+    usual: Usual,
+    labelled: Labelled | None,
+) -> Compared:
+    """A column as `fathom.drift.health` looks at it; without labels where they do not suffice."""
+    bins = reference.forms[name].bins
+    labels = None
+    if labelled is not None:
+        was = reference.labelled
+        rates = was.rates(reference.codes[name], bins), labelled.rates(codes, bins)
+        labels = Labels(*rates, float(was.label.mean()))
+    return Compared(
+        name,
+        bins,
+        np.array(before.shares.get(name, ())),
+        reference.counts(name, codes),
+        usual.moved.get(name, 0.0),
+        usual.missing.get(name, 0.0),
+        name in reference.computed,
+        reference.keys.get(name, ()),
+        labels,
+        lambda place: _is_one_value(reference, name, current, codes == place),
     )
 
 

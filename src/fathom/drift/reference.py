@@ -9,7 +9,7 @@ compared with the days that were not drawn, as a real one is with days that it d
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import NormalDist
@@ -89,11 +89,11 @@ class Labelled:
         p = np.clip(self.probability, CLIP, 1 - CLIP)
         return np.asarray(np.log(p) - np.log1p(-p), np.float64)
 
-    def rates(self, codes: Codes, bins: int) -> Floats:
+    def rates(self, codes: Codes, bins: Sequence[str]) -> Floats:
         """(B,) the mean label of each bin of a column, whose codes (N,) are given; else NaN."""
         codes = codes[self.rows]
-        rows = np.bincount(codes, minlength=bins)
-        total = np.bincount(codes, self.label, bins)
+        rows = np.bincount(codes, minlength=len(bins))
+        total = np.bincount(codes, self.label, len(bins))
         return np.where(rows > 0, total / np.maximum(rows, 1), np.nan)
 
     def recoverable(self, codes: Mapping[str, Codes], within: Codes | None = None) -> Recoverable:
@@ -232,11 +232,6 @@ class Reference:
     def counts(self, name: str, codes: Codes) -> Codes:
         """Rows in each bin of a column."""
         return np.bincount(codes, minlength=len(self.forms[name].bins))
-
-    @cached_property
-    def won(self) -> Recoverable:
-        """What could be won back of the reference's own loss."""
-        return self.labelled.recoverable(self.codes)
 
     def usual(self, days: int, rows: int, labelled: int) -> Usual:
         """What is usual for a window of so many days, rows and labelled rows.
