@@ -213,7 +213,9 @@ def test_a_partition_with_too_many_bad_rows_is_not_gone_on_with_until_it_is_mend
 def test_a_retraining_that_fails_leaves_the_champion_and_is_not_repeated(watched: Watched):
     watched.deliver("third.csv", weeks(LINES, "2026-03-02", "2026-03-09"))
     champion = watched.registry.champion()
-    exploding = Watched(watched.project, f"{PARAMS},training.deep_learning_rate=1e30")
+    # The data have grown enough to ask for it, but for the cool-down.
+    asked = f"{PARAMS},monitoring.cool_down=0,training.deep_learning_rate=1e30"
+    exploding = Watched(watched.project, asked)
     assert "not finite" in needs_person(exploding.watch())
     assert watched.registry.champion() == champion
     assert watched.journal["partitions"]["2026-W10"]["state"] == "failed"
