@@ -86,13 +86,14 @@ def test_each_is_refused_soon_and_no_memory_stays_with_them(
             api.ErrorAnswer.model_validate_json(response.text).faults or "too many" in response.text
         )
 
-    hostile = list(bodies())
-    for repeated in range(3):
-        if repeated == 1:
-            before = hardened.resident_bytes
+    hostile, sizes = list(bodies()), [0, 0]
+    # What the service still imports in the background after its start comes once; what stayed of
+    # requests would come with each round.
+    while sizes[-1] - sizes[-3:][0] >= GROWTH_BYTES or len(sizes) < 5:
+        assert len(sizes) < 12, sizes
         for path, body in hostile:
             ask(path, body)
-    assert hardened.resident_bytes - before < GROWTH_BYTES
+        sizes.append(hardened.resident_bytes)
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
