@@ -1,13 +1,11 @@
 """Does a warm start reach what a fresh one reaches, in a quarter of its steps?
 
 Cuts the training frame that a run left by time. A champion is trained up to a cut-off; some weeks
-later, on all data by then, one model is trained fresh and others start warm from the champion, with
-more or less of what it has learnt from rehearsed: the share decides how many steps that takes. All
-are scored on the week that follows. Champion, fresh and warm ones of a seed share that seed; the
-spread is over seeds.
+later, on all data by then, one model is trained fresh and another starts warm from the champion.
+All three are scored on the week that follows. Those of a seed share that seed.
 
     python benchmarks/warm_start.py --json
-    python benchmarks/warm_start.py --cutoffs 22 30 --weeks 1 4 --rehearsals 0.1 --seeds 5
+    python benchmarks/warm_start.py --cutoffs 22 30 --weeks 1 4 --seeds 5
     python benchmarks/warm_start.py --quick             # the `test` environment
 """
 
@@ -46,8 +44,7 @@ class Case:
     """One champion, and what was trained some weeks later.
 
     Args:
-        champion, fresh: validation losses on the week after ``until``.
-        warm: rehearsal → steps and validation loss.
+        champion, fresh, warm: losses on the week after ``until``.
     """
 
     cutoff: str
@@ -55,8 +52,19 @@ class Case:
     seed: int
     champion: float
     fresh: float
+    warm: float
     fresh_steps: int
-    warm: dict[float, tuple[int, float]]
+    warm_steps: int
+
+    @property
+    def above(self) -> float:
+        """By how much the warm one's loss exceeds the fresh one's."""
+        return self.warm - self.fresh
+
+    @property
+    def share(self) -> float:
+        """Of the fresh one's steps, what the warm one took."""
+        return self.warm_steps / self.fresh_steps
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,6 @@ class Plan:
 
     cutoffs: Sequence[int]
     weeks: Sequence[int]
-    rehearsals: Sequence[float]
 
 
 def measure(
@@ -105,7 +112,7 @@ def measure(
         "benchmark": "warm_start",
         "seeds": list(seeds),
         "cases": [dataclasses.asdict(case) for case in cases],
-        "summary": [_summary(cases, rehearsal) for rehearsal in plan.rehearsals],
+        "summary": _summary(cases),
         "target": TARGET,
         "training": config.as_dict(),
         "retraining": retraining.model_dump(),
@@ -133,37 +140,30 @@ def _cases(log: Log, recipe: Recipe, moments: Sequence[datetime], plan: Plan) ->
         for weeks in plan.weeks:
             until = cutoff + weeks * WEEK
             fresh = trained(until, None, recipe, folder / f"{weeks}").chosen
-            warm = {}
-            for rehearsal in plan.rehearsals:
-                less = recipe.retraining.model_copy(update={"rehearsal": rehearsal})
-                other = dataclasses.replace(recipe, retraining=less)
-                found = trained(until, base, other, folder / f"{weeks}-{rehearsal}").chosen
-                assert found.against is not None
-                champion = found.loss - found.against.difference
-                warm[rehearsal] = (found.steps, found.loss)
+            warm = trained(until, base, recipe, folder / f"{weeks}-warm").chosen
+            assert warm.against is not None
             cases.append(
                 Case(
                     cutoff.date().isoformat(),
                     until.date().isoformat(),
                     recipe.training.seed,
-                    champion,
+                    warm.loss - warm.against.difference,
                     fresh.loss,
+                    warm.loss,
                     fresh.steps,
-                    warm,
+                    warm.steps,
                 )
             )
     return cases
 
 
-def _summary(cases: Sequence[Case], rehearsal: float) -> dict[str, Any]:
-    """How far warm starts of a rehearsal end above fresh ones, over all cases."""
-    above = [case.warm[rehearsal][1] - case.fresh for case in cases]
-    shares = [case.warm[rehearsal][0] / case.fresh_steps for case in cases]
+def _summary(cases: Sequence[Case]) -> dict[str, Any]:
+    """How far warm starts end above fresh ones, over all cases; the spread is over them."""
+    above = [case.above for case in cases]
     won = [case.champion - case.fresh for case in cases]
     return {
-        "rehearsal": rehearsal,
-        "steps_share": statistics.fmean(shares),
-        "largest_share": max(shares),
+        "steps_share": statistics.fmean(case.share for case in cases),
+        "largest_share": max(case.share for case in cases),
         "above_fresh": statistics.fmean(above),
         "spread": statistics.stdev(above) if len(above) > 1 else 0.0,
         "reached": sum(value <= 0 for value in above),
@@ -174,48 +174,29 @@ def _summary(cases: Sequence[Case], rehearsal: float) -> dict[str, Any]:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """The figures as text: a row per cut-off, weeks and rehearsal, then the sums."""
-    head = (
-        "champion until",
-        "now",
-        "rehearsal",
-        "champion",
-        "fresh",
-        "warm",
-        "less fresh",
-        "steps",
-    )
+    """The figures as text: a row per cut-off and weeks, means over seeds, then the sums."""
+    head = ("champion until", "now", "champion", "fresh", "warm", "less fresh", "steps")
     lines = ["".join(name.rjust(15) for name in head)]
-    places = dict.fromkeys((case["cutoff"], case["until"]) for case in figures["cases"])
-    for cutoff, until in places:
-        mine = [c for c in figures["cases"] if (c["cutoff"], c["until"]) == (cutoff, until)]
-        for rehearsal in mine[0]["warm"]:
-            warm = [case["warm"][rehearsal] for case in mine]
-            above = [loss - case["fresh"] for (_, loss), case in zip(warm, mine, strict=True)]
-            share = warm[0][0] / mine[0]["fresh_steps"]
-            cells = (
-                cutoff,
-                until,
-                f"{float(rehearsal):g}",
-                *(
-                    f"{statistics.fmean(c[name] for c in mine):.5f}"
-                    for name in ("champion", "fresh")
-                ),
-                f"{statistics.fmean(loss for _, loss in warm):.5f}",
-                f"{statistics.fmean(above):+.5f}",
-                f"{share:.0%}",
-            )
-            lines.append("".join(cell.rjust(15) for cell in cells))
-    lines += ["", f"validation loss of the week after; means over {len(figures['seeds'])} seeds"]
-    for found in figures["summary"]:
-        held = found["above_fresh"] <= 0 and found["largest_share"] <= figures["target"]
-        won = "" if found["won_share"] is None else f", {found['won_share']:.0%} of what it wins"
-        lines.append(
-            f"{'HELD  ' if held else 'MISSED'} rehearsal {found['rehearsal']:g}: "
-            f"{found['above_fresh']:+.5f} ± {found['spread']:.5f} of fresh{won}, reached in "
-            f"{found['reached']} of {found['cases']}, in {found['steps_share']:.0%} of its steps "
-            f"(at most {found['largest_share']:.0%})"
-        )
+    cases = [Case(**case) for case in figures["cases"]]
+    for cutoff, until in dict.fromkeys((case.cutoff, case.until) for case in cases):
+        mine = [case for case in cases if (case.cutoff, case.until) == (cutoff, until)]
+
+        def mean(name: str, mine: Sequence[Case] = mine) -> float:
+            return statistics.fmean(getattr(case, name) for case in mine)
+
+        losses = [f"{mean(name):.5f}" for name in ("champion", "fresh", "warm")]
+        cells = (cutoff, until, *losses, f"{mean('above'):+.5f}", f"{mean('share'):.0%}")
+        lines.append("".join(cell.rjust(15) for cell in cells))
+    found = figures["summary"]
+    held = found["above_fresh"] <= 0 and found["largest_share"] <= figures["target"]
+    won = "" if found["won_share"] is None else f", {found['won_share']:.0%} of what it wins"
+    lines += [
+        "",
+        f"losses of the week after; means over {len(figures['seeds'])} seeds",
+        f"{'HELD  ' if held else 'MISSED'} {found['above_fresh']:+.5f} ± {found['spread']:.5f} of "
+        f"fresh{won}, reached in {found['reached']} of {found['cases']}, in "
+        f"{found['steps_share']:.0%} of its steps (at most {found['largest_share']:.0%})",
+    ]
     training = figures["training"]
     lines += [
         "",
@@ -237,16 +218,12 @@ def main() -> None:
         "--cutoffs", type=int, nargs="+", help="weeks that champions train on (22 30 36; 20)"
     )
     options.add_argument("--weeks", type=int, nargs="+", help="weeks since then (1 2 4; 4)")
-    options.add_argument(
-        "--rehearsals", type=float, nargs="+", help="shares of old rows (0 and the configured one)"
-    )
     try:
         given, config, seeds = asked(options, fewest=1)
         retraining = RetrainingConfig(**_configured("parameters_retraining.yml")["retraining"])
         plan = Plan(
             given.cutoffs or ([20] if given.quick else [22, 30, 36]),
             given.weeks or ([4] if given.quick else [1, 2, 4]),
-            given.rehearsals or list(dict.fromkeys([0.0, retraining.rehearsal])),
         )
         train_from = SplitConfig(**_configured("parameters.yml")["split"]).moment("train_from")
         figures = measure(given.data, config, retraining, train_from, seeds, plan)

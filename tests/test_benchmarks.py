@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -326,8 +327,8 @@ def test_warm_start_compares_champion_fresh_and_warm_on_the_week_that_follows(
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         warm_start = importlib.import_module("warm_start")
-    plan = warm_start.Plan([4], [1, 2], [0.0, 0.1])
-    given = (RECIPE.training, RECIPE.retraining, START, [0, 1], plan)
+    training = replace(RECIPE.training, cool_down=0.1)
+    given = (training, RECIPE.retraining, START, [0, 1], warm_start.Plan([4], [1, 2]))
     figures = warm_start.measure(year, *given)
     json.dumps(figures)
     assert [(case["until"], case["seed"]) for case in figures["cases"]] == [
@@ -337,17 +338,14 @@ def test_warm_start_compares_champion_fresh_and_warm_on_the_week_that_follows(
         ("2024-02-12", 1),
     ]
     first = figures["cases"][0]  # 5 weeks of 140 rows in batches of 32; 1 of them is new
-    assert first["fresh_steps"] == 22
-    assert first["warm"][0.0][0] == 5
-    assert first["warm"][0.1][0] == 7
-    none, some = figures["summary"]
-    assert none["steps_share"] < some["steps_share"]
-    above = [case["warm"][0.1][1] - case["fresh"] for case in figures["cases"]]
-    assert some["above_fresh"] == pytest.approx(statistics.fmean(above))
+    assert 22 <= first["fresh_steps"] <= 23  # and a tenth of them is held back
+    assert 5 <= first["warm_steps"] <= 8
+    above = [case["warm"] - case["fresh"] for case in figures["cases"]]
+    assert figures["summary"]["above_fresh"] == pytest.approx(statistics.fmean(above))
     lines = warm_start.table(figures).splitlines()
-    assert sum(line.startswith(("HELD", "MISSED")) for line in lines) == 2
+    assert sum(line.startswith(("HELD", "MISSED")) for line in lines) == 1
     with pytest.raises(warm_start.InputError, match="lower --cutoffs"):
-        warm_start.measure(year, *given[:-1], warm_start.Plan([40], [1], [0.0]))
+        warm_start.measure(year, *given[:-1], warm_start.Plan([40], [1]))
 
 
 # -- drift -----------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ BOUNDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "shard_tables": ("True or False", [1, 0, None, "yes"], [True, False]),
     "final_rate": ("in (0, 1]", [*NOT_ABOVE_ZERO, 1.01], [1e-9, 1, 1.0]),
     "dropout": ("in [0, 1)", [*NEGATIVE, 1, 1.0], [0, 0.0, 0.999]),
+    "cool_down": ("in [0, 1)", [*NEGATIVE, 1, 1.0], [0, 0.0, 0.999]),
     "hidden": (
         "a list of layer widths of 1 or more",
         [[0], [64, -1], [64.0], ["64"], [True], 64, "64", None, {64: 1}],

@@ -30,6 +30,7 @@ from fathom.encoding import (
     bucket,
     complete,
     cross_keys,
+    draws,
     evaluate_cross,
     expire,
     fit_encoder,
@@ -584,6 +585,28 @@ def test_a_frame_without_label_gives_a_batch_without_label() -> None:
     encoder = fit_encoder(frame(), SPEC)
     served = {name: values for name, values in frame().items() if name != "bought"}
     assert encoder.encode(served).label is None
+
+
+def test_a_draw_is_the_exposures_own_whatever_is_around_it() -> None:
+    frame = {
+        name: np.array([f"{name}{row % size}" for row in range(1000)], object)
+        for name, size in zip(SPEC.keys, (7, 30, 250), strict=True)
+    }
+    drawn = draws(frame, SPEC)
+    assert drawn is not None
+    assert drawn.dtype == np.float32
+    assert 0 <= drawn.min() < drawn.max() < 1
+    assert 0.07 < (drawn < 0.1).mean() < 0.13  # uniform
+    some = np.array([900, 3, 41])
+    alone = draws({name: values[some] for name, values in frame.items()}, SPEC)
+    assert alone is not None
+    assert alone.tolist() == drawn[some].tolist()
+    numbered = frame | {SPEC.keys[2]: np.arange(1000)}
+    assert np.array_equal(
+        draws(numbered, SPEC), draws(numbered | {SPEC.keys[2]: np.arange(1000).astype(str)}, SPEC)
+    )
+    del frame[SPEC.keys[2]]
+    assert draws(frame, SPEC) is None
 
 
 def test_the_last_of_the_labels_values_is_the_positive_one() -> None:

@@ -73,6 +73,42 @@ def test_an_epoch_has_every_example_once_whatever_the_window(rows, batch_size, w
     assert rows_of(feed, epoch, start) == batches[start:]
 
 
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 60),
+    batch_size=st.integers(1, 25),
+    window=st.integers(1, 80),
+    stride=st.integers(1, 9),
+    data=st.data(),
+)
+def test_an_epoch_of_what_is_chosen_has_that_once_and_nothing_else(
+    rows, batch_size, window, stride, data
+):
+    """Whole or streamed, and however many rows lie between two marks of where they are."""
+    chosen = np.array(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fathom.feed._Places._STRIDE", stride)
+        feed = Feed(numbered(rows), batch_size, window, seed=5, chosen=chosen)
+        batches = rows_of(feed)
+        assert sorted(chain.from_iterable(batches)) == np.flatnonzero(chosen).tolist()
+        assert feed.examples == chosen.sum()
+        assert len(batches) == len(feed) == -(-feed.examples // batch_size)
+        assert all(is_whole(examples) for examples in feed.epoch(1))
+        start = data.draw(st.integers(0, len(batches)))
+        assert rows_of(feed, 1, start) == batches[start:]
+
+
+def test_what_is_chosen_comes_in_the_order_that_it_would_come_in_alone():
+    chosen = np.arange(40) % 3 > 0
+    alone = Feed(numbered(40).take(np.flatnonzero(chosen)), 4, 100, seed=5)
+    within = Feed(numbered(40), 4, 100, seed=5, chosen=chosen)
+    pairs = zip(alone.epoch(2), within.epoch(2), strict=True)
+    assert all(torch.equal(one.label, other.label) for one, other in pairs)
+    assert rows_of(within, 2) == [
+        np.flatnonzero(chosen)[batch].tolist() for batch in rows_of(alone, 2)
+    ]
+
+
 def test_the_order_is_the_seeds_and_the_epochs():
     def order(seed: int, epoch: int, window: int) -> list[list[int]]:
         return rows_of(Feed(numbered(40), 4, window, seed), epoch)

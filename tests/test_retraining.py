@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -12,10 +13,10 @@ import ibis
 import numpy as np
 import pytest
 
-from fathom import drift
+from fathom import checkpoint, drift
 from fathom.config import SplitConfig, TrainingConfig
 from fathom.drift import Decision, history
-from fathom.encoding import Encoder, Vocabulary, fit_encoder
+from fathom.encoding import Encoder, Vocabulary, draws, fit_encoder
 from fathom.evaluation import EvaluationConfig
 from fathom.models import build, score
 from fathom.pipelines.retraining.nodes import plan_retraining
@@ -42,11 +43,13 @@ from fathom.step import Optimizers
 from fathom.warm import WarmStart
 from small_ranker import SPEC, START, plain_frame
 
-TRAINING = TrainingConfig(hidden=(8,), epochs=1, batch_size=32, device="cpu", threads=1)
+TRAINING = TrainingConfig(
+    hidden=(8,), epochs=1, cool_down=0.25, batch_size=32, device="cpu", threads=1
+)
 RECIPE = Recipe(
     SPEC,
     TRAINING,
-    RetrainingConfig(rehearsal=0.25, fresh_margin=10.0, fresh_growth=9.0),
+    RetrainingConfig(fresh_margin=10.0, fresh_growth=9.0),
     EvaluationConfig(resamples=20),
 )
 #: Sixty days with twenty exposures each: the champion saw the first thirty.
@@ -75,8 +78,8 @@ def champion(tmp_path_factory: pytest.TempPathFactory) -> Base:
     found = attempt("fresh", encoder, batches, TRAINING, tmp_path_factory.mktemp("champion"))
     described = provenance(found, TRAINING, SPLIT)
     ranker = Ranker(encoder, found.trained.model, TRAINING, described)
-    assert found.trained.folder is not None
-    return Base(ranker.version, ranker, found.trained.folder)
+    assert found.trained.state is not None
+    return Base(ranker.version, ranker, found.trained.state)
 
 
 @pytest.fixture
@@ -87,6 +90,14 @@ def registry(champion: Base, tmp_path: Path) -> Registry:
     found.keep_state(champion.version, champion.state)
     found.promote(champion.version, "the first")
     return found
+
+
+def spoilt(base: Base, folder: Path, factor: float) -> Base:
+    """The same, but that the state's last layer is multiplied by a factor."""
+    shutil.copytree(base.state, folder)
+    layers = sorted(folder.glob("model.deep.layers.*.weight.npy"))
+    np.save(layers[-1], np.load(layers[-1]) * np.float32(factor))
+    return replace(base, state=folder)
 
 
 def retrained(base: Base | None, folder: Path, recipe: Recipe = RECIPE) -> Any:
@@ -208,16 +219,35 @@ def test_without_a_usable_state_it_starts_fresh(champion: Base, registry: Regist
 # -- how -----------------------------------------------------------------------------------------
 
 
-def test_a_warm_start_learns_what_is_new_and_some_of_what_is_old() -> None:
-    days = np.datetime64("2024-01-01", "us") + np.arange(100) * np.timedelta64(1, "D")
-    rows = warm_rows(days, days[80], RetrainingConfig(rehearsal=0.1))
-    assert rows[-20:].tolist() == list(range(80, 100))
-    assert len(rows) == 28
-    assert len(set(rows.tolist())) == 28
-    assert rows.tolist() == warm_rows(days, days[80], RetrainingConfig(rehearsal=0.1)).tolist()
-    assert (
-        warm_rows(days, days[80], RetrainingConfig(rehearsal=0.0)).tolist() == rows[-20:].tolist()
+def late(rows: Window) -> np.ndarray:
+    """(N,) what is held back for the cool-down."""
+    found = draws(rows.frame, SPEC)
+    assert found is not None
+    return found < TRAINING.cool_down
+
+
+def test_a_warm_start_learns_what_is_new_and_what_is_held_back_for_the_cool_down() -> None:
+    everything = window(0, 50)
+    rows = warm_rows(everything, np.datetime64("2024-01-31", "us"), RECIPE)
+    new, old = rows[rows >= SEEN * A_DAY], rows[rows < SEEN * A_DAY]
+    assert new.tolist() == list(range(SEEN * A_DAY, 50 * A_DAY))
+    assert old.tolist() == np.flatnonzero(late(window(0, SEEN))).tolist()
+    without = replace(RECIPE, training=replace(TRAINING, cool_down=0.0))
+    assert warm_rows(everything, np.datetime64("2024-01-31", "us"), without).tolist() == (
+        new.tolist()
     )
+
+
+def test_what_a_warm_start_goes_on_from_has_seen_none_of_what_it_learns(
+    champion: Base, tmp_path: Path
+) -> None:
+    """Whatever comes later: an exposure's draw does not change, so no chain learns one twice."""
+    (warm,) = retrained(champion, tmp_path).attempts
+    held_back = late(window(0, SEEN)).sum()
+    assert champion.ranker.provenance["rows"]["train"] == SEEN * A_DAY
+    before, cooling = [epoch.examples for epoch in warm.trained.history]
+    assert before == (~late(window(SEEN, 50))).sum()
+    assert cooling == held_back + late(window(SEEN, 50)).sum() == late(window(0, 50)).sum()
 
 
 def test_a_warm_start_keeps_the_scalers_and_learns_new_ids(champion: Base, tmp_path: Path) -> None:
@@ -231,9 +261,10 @@ def test_a_warm_start_keeps_the_scalers_and_learns_new_ids(champion: Base, tmp_p
         assert found.scalers[name].quantiles.tobytes() == scaler.quantiles.tobytes()
     assert "newcomer" in found.wide["user_id"].values
     assert "newcomer" not in known.wide["user_id"].values
-    # Twenty days of twenty are new; a quarter of the thirty before is learnt again.
-    assert warm.examples == 400 + 150
-    assert warm.steps == 18  # of 32
+    # Twenty days of twenty are new; of the thirty before, what was held back is learnt again.
+    held_back, new = late(window(0, SEEN)).sum(), late(window(SEEN, 50)).sum()
+    assert warm.examples == 400 + held_back
+    assert warm.steps == -(-(400 - new) // 32) + -(-(held_back + new) // 32)
     assert warm.against is not None
     assert warm.against.hi < 10
 
@@ -254,9 +285,10 @@ def test_a_fresh_start_fits_all_anew(champion: Base, tmp_path: Path) -> None:
 def test_a_warm_start_that_is_not_good_enough_is_backed_by_a_fresh_one(
     champion: Base, tmp_path: Path
 ) -> None:
-    """Rates that are too high spoil it, which the validation window shows."""
-    config = RetrainingConfig(warm_rate=160.0, fresh_growth=9.0)
-    done = retrained(champion, tmp_path, replace(RECIPE, retraining=config))
+    """What it goes on from is spoilt, which the validation window shows."""
+    config = RetrainingConfig(fresh_growth=9.0)
+    base = spoilt(champion, tmp_path / "state", -3.0)
+    done = retrained(base, tmp_path, replace(RECIPE, retraining=config))
     warm, fresh = done.attempts
     assert warm.against is not None
     assert warm.against.hi >= config.fresh_margin
@@ -272,8 +304,9 @@ def test_a_warm_start_that_is_not_good_enough_is_backed_by_a_fresh_one(
 def test_a_warm_start_that_cannot_be_trained_is_followed_by_a_fresh_one(
     champion: Base, tmp_path: Path
 ) -> None:
-    config = RetrainingConfig(warm_rate=1000.0, fresh_growth=9.0)
-    done = retrained(champion, tmp_path, replace(RECIPE, retraining=config))
+    config = RetrainingConfig(fresh_growth=9.0)
+    base = spoilt(champion, tmp_path / "state", -1e7)
+    done = retrained(base, tmp_path, replace(RECIPE, retraining=config))
     assert [tried.start for tried in done.attempts] == ["fresh"]
     assert "it ends with: the loss explodes" in done.reason
 
@@ -283,9 +316,7 @@ def test_the_better_of_the_two_goes_on_even_if_it_is_the_warm_one(
 ) -> None:
     """A margin that none can keep asks for a fresh start, which learns nothing at these rates."""
     slow = replace(TRAINING, embedding_learning_rate=1e-9, deep_learning_rate=1e-9, wide_l1=1e9)
-    recipe = replace(
-        RECIPE, training=slow, retraining=RetrainingConfig(rehearsal=0.0, fresh_growth=9.0)
-    )
+    recipe = replace(RECIPE, training=slow, retraining=RetrainingConfig(fresh_growth=9.0))
     done = retrained(champion, tmp_path, recipe)
     assert len(done.attempts) == 2
     assert done.chosen.start == "warm"
@@ -322,7 +353,9 @@ def test_provenance_says_how_it_started(champion: Base, tmp_path: Path) -> None:
     done = retrained(champion, tmp_path)
     found = provenance(done.chosen, TRAINING, SPLIT, done.base)
     assert (found["start"], found["from"]) == ("warm", champion.version)
-    assert (found["steps"], found["examples"]) == (18, 550)
+    assert (found["steps"], found["examples"]) == (done.chosen.steps, done.chosen.examples)
+    assert found["state"] == checkpoint.digest(done.chosen.trained.state)
+    assert found["state"] != checkpoint.digest(champion.state)
     plain = champion.ranker.provenance
     assert (plain["start"], plain["from"], plain["examples"]) == ("fresh", None, SEEN * A_DAY)
 
@@ -349,10 +382,10 @@ def test_a_permuted_vocabulary_predicts_the_same_bit_for_bit(champion: Base) -> 
 
     other = replace(known, tables=permuted(known.tables), wide=permuted(known.wide))
     assert other.tables["item_id"].values != known.tables["item_id"].values
-    model, _ = started(champion, other)
+    (before, _), (after, _) = started(champion, known), started(champion, other)
     frame = window(0, DAYS).frame
-    before = score(champion.ranker.model, known.encode(frame))
-    assert score(model, other.encode(frame)).tobytes() == before.tobytes()
+    scores = score(before, known.encode(frame))
+    assert score(after, other.encode(frame)).tobytes() == scores.tobytes()
 
 
 def test_known_ids_are_carried_new_ones_fresh_and_lost_ones_dropped(champion: Base) -> None:
@@ -379,4 +412,4 @@ def test_known_ids_are_carried_new_ones_fresh_and_lost_ones_dropped(champion: Ba
 def test_attempts_tell_their_best_loss(champion: Base, tmp_path: Path) -> None:
     done = retrained(champion, tmp_path)
     best: Attempt = done.chosen
-    assert best.loss == min(epoch.validation_loss for epoch in best.trained.history)
+    assert best.loss == best.trained.history[-1].validation_loss  # after the cool-down

@@ -210,6 +210,65 @@ def test_history_tells_what_each_epoch_gave(joint):
     assert trained(model="deep", epochs=1).history[0].wide_zero_share is None
 
 
+# --- the cool-down -----------------------------------------------------------------------------
+
+#: One example in four is held back for it.
+DRAWN = replace(TRAIN, draw=((np.arange(8000) % 4) / 4).astype(np.float32))
+COOLING = replace(CONFIG, epochs=2, patience=9, cool_down=0.25, warmup_steps=3)
+
+
+def test_before_the_cool_down_the_others_are_learnt_at_rates_that_stay(tmp_path):
+    found = train(LAYOUT, DRAWN, VALIDATION, COOLING, "binary", tmp_path)
+    assert [epoch.examples for epoch in found.history] == [6000, 6000, 2000]
+    assert [epoch.epoch for epoch in found.history] == [1, 2, 3]
+    assert found.best_epoch == 3
+    others = DRAWN.take(np.flatnonzero(np.arange(8000) % 4 > 0))
+    staying = replace(COOLING, cool_down=0.0, schedule="constant")
+    alone = train(LAYOUT, others, VALIDATION, staying, "binary", tmp_path / "alone")
+    assert {path.name: path.read_bytes() for path in found.state.glob("*.npy")} == {
+        path.name: path.read_bytes() for path in alone.state.glob("*.npy")
+    }
+
+
+def test_the_cool_down_goes_on_from_there_with_falling_rates(tmp_path, monkeypatch):
+    rates = []
+
+    def watched(config: TrainingConfig, at: int, steps: int) -> float:
+        rates.append(step.learning_rate(config, at, steps))
+        return rates[-1]
+
+    monkeypatch.setattr(training, "learning_rate", watched)
+    said: list[tuple[str, int]] = []
+    train(
+        LAYOUT, DRAWN, VALIDATION, COOLING, "binary", report=lambda n, v, at: said.append((n, at))
+    )
+    before = 2 * 24  # of 256 of 6,000
+    assert [round(rate, 3) for rate in rates[:4]] == [0.25, 0.5, 0.75, 1.0]
+    assert set(rates[4:before]) == {1.0}
+    falling = rates[before:]
+    assert falling == [step.learning_rate(replace(CONFIG, epochs=1), at, 8) for at in range(8)]
+    assert falling[0] == 1.0
+    assert [at for name, at in said if name == "validation_loss"] == [24, 48, 56]
+
+
+def test_a_cool_down_ends_below_where_it_began():
+    *_, before, after = [epoch.validation_loss for epoch in trained(cool_down=0.25).history]
+    assert after < before
+
+
+def test_examples_without_keys_cool_down_by_their_places():
+    first, again = (train(LAYOUT, TRAIN, VALIDATION, COOLING, "binary") for _ in range(2))
+    assert [epoch.examples for epoch in first.history] == [5988, 5988, 2012]
+    assert equal(first.model, again.model)
+
+
+def test_too_few_examples_for_a_cool_down_are_named():
+    nowhere = replace(TRAIN, draw=np.full(8000, 0.5, np.float32))
+    message = r"training\.cool_down is 0\.25, which is 0 of 8000 examples; set it to 0 for so few"
+    with pytest.raises(TrainingError, match=message):
+        train(LAYOUT, nowhere, VALIDATION, COOLING, "binary")
+
+
 def test_the_training_loss_of_an_epoch_is_the_mean_over_its_examples():
     # One batch: its loss is that of the initial weights. 100 examples in batches of 64: a mean of
     # batch means would weigh the last 36 too much; learning rates near 0 keep the weights put.

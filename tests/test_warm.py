@@ -16,7 +16,7 @@ from fathom.config import TrainingConfig
 from fathom.models import build
 from fathom.step import Optimizers
 from fathom.training import train
-from fathom.warm import WarmStart, is_of
+from fathom.warm import WarmStart
 
 CONFIG = TrainingConfig(hidden=(6,), epochs=1, batch_size=32, wide_l1=0.05, device="cpu", threads=1)
 
@@ -155,12 +155,3 @@ def test_a_training_with_another_start_is_another_training(old: Path, tmp_path: 
     losses = [epoch.validation_loss for epoch in found]
     assert len(set(losses)) == 3
     assert losses[2] == losses[3]  # and this one is gone on from
-
-
-def test_a_folder_is_told_to_be_of_a_model(old: Path, tmp_path: Path):
-    trained = train(layout(9, 7), examples(9, 7), examples(9, 7, seed=1), CONFIG, "binary")
-    assert is_of(old, trained.model)
-    with torch.no_grad():
-        trained.model.bias += 1
-    assert not is_of(old, trained.model)
-    assert not is_of(tmp_path, trained.model)

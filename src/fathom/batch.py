@@ -88,6 +88,8 @@ class Batch:
         wide_bags: T ragged int32 slots, rows of the wide table.
         label: (N,) float32, or None when it is not known.
         weight: (N,) float32, or None for equal weights.
+        draw: (N,) float32 in [0, 1), which follow from the exposures' keys alone, whatever the log
+            around them; None where these are not known. What of a log is learnt last is told by it.
     """
 
     numeric: NDArray[np.float32]
@@ -97,6 +99,7 @@ class Batch:
     wide_bags: tuple[Ragged, ...]
     label: NDArray[np.float32] | None = None
     weight: NDArray[np.float32] | None = None
+    draw: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         counts = {name: len(part) for name, part in self._parts().items()}
@@ -116,6 +119,7 @@ class Batch:
             wide_bags=tuple(bag.take(index) for bag in self.wide_bags),
             label=None if self.label is None else self.label[index],
             weight=None if self.weight is None else self.weight[index],
+            draw=None if self.draw is None else self.draw[index],
         )
 
     def fingerprint(self, every: int = 1) -> str:
@@ -204,6 +208,7 @@ class Batch:
             wide_bags=bags("wide"),
             label=array("label") if (folder / "label.npy").exists() else None,
             weight=array("weight") if (folder / "weight.npy").exists() else None,
+            draw=array("draw") if (folder / "draw.npy").exists() else None,
         )
 
     def _parts(self) -> Mapping[str, NDArray[Any] | Ragged]:
@@ -213,6 +218,7 @@ class Batch:
             "wide_ids": self.wide_ids,
             "label": self.label,
             "weight": self.weight,
+            "draw": self.draw,
             **{f"deep_bag{i}": bag for i, bag in enumerate(self.deep_bags)},
             **{f"wide_bag{i}": bag for i, bag in enumerate(self.wide_bags)},
         }

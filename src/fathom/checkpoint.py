@@ -7,6 +7,7 @@ is code, and nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -135,6 +136,14 @@ def load(folder: Path, tensors: Mapping[str, Tensor | Shard], prefix: str = "") 
                 tensor.fill(whole)
             else:
                 tensor.copy_(whole)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of a folder's tensors and their names, in hexadecimal."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.npy")):
+        found.update(f"{path.name} {files.sha256(path)}".encode())
+    return found.hexdigest()
 
 
 def _all(folder: Path) -> list[Path]:

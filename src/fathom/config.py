@@ -44,6 +44,10 @@ class TrainingConfig:
         schedule, warmup_steps, final_rate: the AdaGrad learning rates rise from 0 over the first
             steps, then fall to ``final_rate`` of themselves at the last step of the last epoch:
             ``linear``, ``cosine``, or not at all (``constant``). FTRL-Proximal sets its own rates.
+        cool_down: share of the examples that is learnt last, in one pass, while the rates fall;
+            until then they stay, and ``epochs`` are passes over all others. A warm start goes back
+            to before the cool-down (Hägele et al. 2024, "Scaling laws and compute-optimal training
+            beyond fixed training durations"). Keys tell which examples (`Batch.draw`). 0: none.
         clip_norm: bound of the norm of the deep part's gradient, embeddings included; 0 for none.
         positive_weight: how much a positive example counts, against 1 for a negative one. Other
             than 1 it moves all probabilities.
@@ -85,6 +89,7 @@ class TrainingConfig:
     schedule: str = "linear"
     warmup_steps: int = 0
     final_rate: float = 0.05
+    cool_down: float = 0.0
     clip_norm: float = 0.0
     positive_weight: float = 1.0
     use_weights: bool = False
@@ -159,17 +164,18 @@ class TrainingConfig:
             bounds.append((name, value(name), f"{', '.join(words[:-1])} or {words[-1]}", holds))
         hidden = list(self.hidden) if isinstance(self.hidden, tuple) else self.hidden
         widths_hold = isinstance(hidden, list) and all(type(w) is int and w >= 1 for w in hidden)
-        rate, dropout = self.final_rate, self.dropout
+        rate = self.final_rate
+
+        def share(name: str) -> tuple[str, Any, str, bool]:
+            holds = _zero(value(name)) or (_above(value(name), 0) and value(name) < 1)
+            return name, value(name), "in [0, 1)", holds
+
         return [
             *bounds,
             ("hidden", hidden, "a list of layer widths of 1 or more", widths_hold),
             ("final_rate", rate, "in (0, 1]", _above(rate, 0) and rate <= 1),
-            (
-                "dropout",
-                dropout,
-                "in [0, 1)",
-                _zero(dropout) or (_above(dropout, 0) and dropout < 1),
-            ),
+            share("dropout"),
+            share("cool_down"),
         ]
 
     def as_dict(self) -> dict[str, Any]:

@@ -132,6 +132,18 @@ def cross_keys(parts: Sequence[Keys | Ragged]) -> Keys | Ragged:
     return Ragged(keys[kept], np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
 
 
+def draws(frame: Frame, spec: FeatureSpec) -> NDArray[np.float32] | None:
+    """`Batch.draw` of a frame's rows; None if it lacks any of the spec's keys."""
+    if not set(spec.keys) <= set(frame):
+        return None
+    texts = [_flat(frame[name]) for name in spec.keys]
+    texts = [values if values.dtype == object else values.astype(str) for values in texts]
+    keys = cross_keys([hash_values(values) for values in texts])
+    assert not isinstance(keys, Ragged)
+    # The upper 24 bits: as many as a float32 tells apart below 1.
+    return (keys >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
 def value_places(
     part: Ragged, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -480,7 +492,7 @@ class Encoder:
         return tuple(name for name, _, _ in self.slots)
 
     def encode(self, frame: Frame) -> Batch:
-        """Model inputs for N rows; label and weight are set when the frame holds what gives them.
+        """Model inputs for N rows; label, weight and draw are set if the frame has what gives them.
 
         An example's weight is the inverse of its inclusion probability in a sampled log.
 
@@ -510,6 +522,7 @@ class Encoder:
             wide_bags=tuple(wide_bags),
             label=None if label is None else outcome(label, self.spec),
             weight=_inverse(frame.get(INCLUSION_PROBABILITY)),
+            draw=None if label is None else draws(frame, self.spec),
         )
 
     def cross_hits(self, frame: Frame) -> dict[str, NDArray[np.float64]]:

@@ -3,9 +3,9 @@
 A split of up to ``window`` examples is one window: it is moved to the device once, or, on a CPU,
 read where it lies, and each epoch takes it in a new uniform order. A longer one is cut into blocks,
 whose order is drawn anew in each epoch; ``window`` examples' worth of blocks are read at a time and
-shuffled as one, while the next are being read. Either way every example comes once in an epoch,
-batches are sliced out of whole windows rather than collated, and any batch of any epoch can be
-reached without reading those before it.
+shuffled as one, while the next are being read. Either way every example that is chosen comes once
+in an epoch, batches are sliced out of whole windows rather than collated, and any batch of any
+epoch can be reached without reading those before it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Feed:
             in memory if there is more than one.
         weighted, positive_weight: see `weights`.
         rank, world: of each batch, which of so many equal parts this process takes.
+        chosen: (N,) whether an example belongs to the epochs; None for all.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Feed:
         positive_weight: float = 1.0,
         rank: int = 0,
         world: int = 1,
+        chosen: NDArray[np.bool_] | None = None,
     ) -> None:
         self._split = split
+        self._places = _Places(len(split), chosen)
         self._batch_size = batch_size
         self._window = max(window // batch_size, 1)  # in blocks, which are of a batch's size
         self._seed = seed
@@ -74,7 +77,7 @@ class Feed:
         self._rank, self._world = rank, world
         self._weights = weights(split, weighted, positive_weight)
         self._whole: _Window | None = None
-        if self._blocks <= self._window:
+        if -(-len(split) // batch_size) <= self._window:
             self._whole = self._load(split, self._weights)
 
     def __len__(self) -> int:
@@ -83,12 +86,18 @@ class Feed:
 
     @property
     def _blocks(self) -> int:
-        return -(-len(self._split) // self._batch_size)
+        return -(-self.examples // self._batch_size)
+
+    @property
+    def examples(self) -> int:
+        """Examples in an epoch."""
+        return self._places.count
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Examples]:
         """The batches of an epoch from batch ``start`` on."""
         if self._whole is not None:
-            order = self._draw(number).permutation(len(self._split))
+            every = self._places.rows(0, self.examples)
+            order = every[self._draw(number).permutation(len(every))]
             yield from self._batches(self._whole, order, order, start)
             return
         if start >= len(self):
@@ -107,7 +116,7 @@ class Feed:
 
     def _windows(self, epoch: int) -> Iterator[Index]:
         """Blocks of each window, in an order of their own; the last block, if short, comes last."""
-        full = len(self._split) // self._batch_size
+        full = self.examples // self._batch_size
         order = np.append(self._draw(epoch).permutation(full), range(full, self._blocks))
         for first in range(0, self._blocks, self._window):
             yield order[first : first + self._window].astype(np.int64)
@@ -115,9 +124,9 @@ class Feed:
     def _read(self, blocks: Index) -> tuple[Index, _Window]:
         """Copy blocks from the split, in rising order, which a disk reads fastest."""
         size = self._batch_size
-        ends = np.minimum((blocks + 1) * size, len(self._split))
+        ends = np.minimum((blocks + 1) * size, self.examples)
         spans = sorted(zip(blocks * size, ends, strict=True))
-        rows = np.concatenate([np.arange(begin, end) for begin, end in spans])
+        rows = np.concatenate([self._places.rows(begin, end) for begin, end in spans])
         weight = None if self._weights is None else self._weights[rows]
         return rows, self._load(self._split.take(rows), weight)
 
@@ -151,6 +160,37 @@ class Feed:
     def _draw(self, *position: int) -> np.random.Generator:
         """Random numbers that follow from the seed and a place in the run alone."""
         return np.random.default_rng([self._seed, *position])
+
+
+class _Places:
+    """Where the chosen examples of a split are, without a list of them all.
+
+    Args:
+        size: N, of the split. chosen: (N,), or None for all.
+    """
+
+    _STRIDE = 4096
+
+    def __init__(self, size: int, chosen: NDArray[np.bool_] | None) -> None:
+        self._chosen = chosen
+        if chosen is None:
+            self.count = size
+            return
+        starts = np.arange(0, size, self._STRIDE)
+        counts = np.add.reduceat(chosen, starts, dtype=np.int64) if size else starts
+        self._before = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        self.count = int(self._before[-1])
+
+    def rows(self, begin: int, end: int) -> Index:
+        """The rows of the chosen examples from number ``begin`` to before ``end``."""
+        if self._chosen is None:
+            return np.arange(begin, end)
+        first = int(np.searchsorted(self._before, begin, side="right")) - 1
+        last = int(np.searchsorted(self._before, end, side="left"))
+        start = first * self._STRIDE
+        rows = start + np.flatnonzero(self._chosen[start : last * self._STRIDE])
+        skipped = begin - int(self._before[first])
+        return rows[skipped : skipped + end - begin]
 
 
 class _Window(NamedTuple):

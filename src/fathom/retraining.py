@@ -1,10 +1,13 @@
 """Retraining that is safe to leave alone: warm from the champion, fresh where that does not hold.
 
-A warm start goes on from the champion's weights and optimizer states on what it has not seen, and
-on some of what it has (rehearsal; Robins 1995, "Catastrophic forgetting, rehearsal and
-pseudorehearsal"). Vocabularies and crosses are fitted anew and rows carried by key
-(`fathom.warm`); numeric scalers are the champion's, since its weights know their positions. A
-fresh start fits all anew on all the data.
+A warm start goes back to the champion's weights and optimizer states as they were before its
+cool-down (`TrainingConfig.cool_down`), and learns what these have not seen: all that is new, then,
+in a cool-down of its own, the examples that are held back for it. So it learns nothing twice, which
+embeddings would fit rather than learn from (Zhang et al. 2022, "Towards understanding the
+overfitting phenomenon of deep click-through rate models"), and never from weights whose rates have
+fallen. Vocabularies and crosses are fitted anew and rows carried by key (`fathom.warm`); numeric
+scalers are the champion's, since its weights know their positions. A fresh start fits all anew on
+all the data.
 
 The warm one is compared with the champion on the validation window, never on the test window,
 which is the gate's. If it may be worse by more than a margin, or fails, a fresh one is trained too,
@@ -30,7 +33,7 @@ import fathom
 from fathom.artifact import ArtifactError
 from fathom.batch import Batch, Ragged
 from fathom.config import OF_THE_MACHINE, SplitConfig, TrainingConfig, moment_of
-from fathom.encoding import Encoder, Frame, fit_encoder, outcome
+from fathom.encoding import Encoder, Frame, draws, fit_encoder, outcome
 from fathom.evaluation import LOSS, EvaluationConfig, Interval, Predictions, paired_interval
 from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 
@@ -53,14 +56,10 @@ class RetrainingConfig(BaseModel):
         validation_days, test_days: the newest labelled days: the test window, which the gate looks
             at, comes last; the validation window lies before it.
         start: ``warm`` from what the champion has learnt, or always ``fresh``.
-        rehearsal: share of the champion's own training rows that a warm start learns again.
-        warm_rate: what a warm start multiplies the layers' learning rate by: they have been learnt
-            from far more than they learn now. Embeddings keep theirs, for those of new ids.
         fresh_growth: start fresh once there are so many times the rows that the last fresh start
             learnt from: a chain of warm starts goes on from a model that was made from fewer.
         fresh_margin: a warm start is good enough if its loss on the validation window exceeds the
             champion's by less than this, at the interval's upper end; else a fresh one is tried.
-        seed: of the draw of rows to rehearse.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -69,11 +68,8 @@ class RetrainingConfig(BaseModel):
     validation_days: int = Field(default=7, ge=1)
     test_days: int = Field(default=14, ge=1)
     start: Start = "warm"
-    rehearsal: float = Field(default=0.1, ge=0, le=1)
-    warm_rate: float = Field(default=0.3, gt=0)
     fresh_growth: float = Field(default=1.5, gt=1)
     fresh_margin: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Base:
-    """Whom a training may start from: a ranker, and what its training kept (`fathom.warm`)."""
+    """Whom a training may start from: a ranker, and what its training kept (`Trained.state`)."""
 
     version: str
     ranker: Ranker
@@ -100,8 +96,7 @@ class Window:
     """Labelled exposures of a span of time.
 
     Args:
-        frame: every column of the spec, the label, and ``event_timestamp``; of the validation
-            window the keys of users and requests too.
+        frame: every column of the spec, its keys, the label, and ``event_timestamp``.
     """
 
     frame: Frame
@@ -314,7 +309,7 @@ def retrain(
     if base is None:
         return only(fresh(), reason)
     until = np.datetime64(trained_until(base.ranker.provenance).replace(tzinfo=None), "us")
-    rows = warm_rows(training_window.moments, until, recipe.retraining)
+    rows = warm_rows(training_window, until, recipe)
     if not (training_window.moments >= until).any():
         return only(fresh(), f"there is nothing newer than what {base.version} was trained on")
     growth = grown(len(training_window.moments), base.ranker.provenance)
@@ -388,18 +383,12 @@ def _against(base: Base, warm: Attempt, window: Window, recipe: Recipe) -> Attem
     return replace(warm, against=found)
 
 
-def warm_rows(
-    moments: NDArray[np.datetime64], until: np.datetime64, config: RetrainingConfig
-) -> NDArray[np.int64]:
-    """The rows that a warm start learns: all since ``until``, and a draw of the older ones.
-
-    Args:
-        moments: (N,) when each exposure was.
-    """
-    older = np.flatnonzero(moments < until)
-    draw = np.random.default_rng(config.seed)
-    again = draw.choice(older, round(config.rehearsal * len(older)), replace=False)
-    return np.sort(np.concatenate([again, np.flatnonzero(moments >= until)]))
+def warm_rows(window: Window, until: np.datetime64, recipe: Recipe) -> NDArray[np.int64]:
+    """What a warm start learns, as rows: all since ``until``, and those of the cool-down."""
+    draw = draws(window.frame, recipe.spec)
+    assert draw is not None
+    late = draw < np.float32(recipe.training.cool_down)
+    return np.flatnonzero(late | (window.moments >= until))
 
 
 def _warm(
@@ -416,11 +405,9 @@ def _warm(
     known = base.ranker.encoder
     encoder = fit_encoder(training_window.frame, recipe.spec, scalers_of=known)
     start = WarmStart(base.state, known.layout, base.ranker.config, encoder.rows_of(known))
-    rate = recipe.training.deep_learning_rate * recipe.retraining.warm_rate
-    slower = replace(recipe.training, deep_learning_rate=rate)
     batches = _encoded(encoder, take(training_window.frame, rows), validation_window.frame)
     before = _fresh_rows(base.ranker.provenance)
-    warm = attempt("warm", encoder, batches, slower, folder, report, start, before)
+    warm = attempt("warm", encoder, batches, recipe.training, folder, report, start, before)
     return _against(base, warm, validation_window, recipe)
 
 
@@ -449,9 +436,10 @@ def attempt(
 
     task = encoder.spec.task
     trained = train(encoder.layout, *batches, training, task, folder, report, start)
-    passes, rows = len(trained.history), len(batches[0])
-    steps = passes * math.ceil(rows / training.batch_size)
-    return Attempt(kind, encoder, trained, *batches, steps, passes * rows, fresh_rows or rows)
+    passes = [epoch.examples for epoch in trained.history]
+    steps = sum(math.ceil(rows / training.batch_size) for rows in passes)
+    rows = fresh_rows or len(batches[0])
+    return Attempt(kind, encoder, trained, *batches, steps, sum(passes), rows)
 
 
 def provenance(
@@ -462,10 +450,12 @@ def provenance(
     Args:
         base: the version that a retraining could start from.
     """
+    from fathom.checkpoint import digest
     from fathom.hardware import hardware
 
     batches = (of.training_batch, of.validation_batch)
     trained = of.trained
+    assert trained.state is not None
     return {
         "seed": training.seed,
         # Of all that the model was trained on and stopped by; of nothing that came later.
@@ -485,6 +475,8 @@ def provenance(
         "steps": of.steps,
         "examples": of.examples,
         "fresh_rows": of.fresh_rows,
+        # Of what a warm start from this model goes on from, which the registry keeps beside it.
+        "state": digest(trained.state),
     }
 
 
@@ -495,8 +487,8 @@ def base_from(done: Retrained, training: TrainingConfig, split: SplitConfig) -> 
     trained = done.chosen.trained
     described = provenance(done.chosen, training, split, done.base)
     ranker = Ranker(done.chosen.encoder, trained.model, training, described)
-    assert trained.folder is not None
-    return Base(ranker.version, ranker, trained.folder)
+    assert trained.state is not None
+    return Base(ranker.version, ranker, trained.state)
 
 
 def take(frame: Frame, rows: NDArray[np.int64]) -> Frame:

@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training split gave. Losses are means per example."""
+    """What one pass over the training split, or its part, gave. Losses are means per example."""
 
     epoch: int
     train_loss: float
@@ -63,20 +63,24 @@ class Epoch:
     examples_per_second: float
     seconds: float
     wide_zero_share: float | None
+    examples: int
 
 
 @dataclass
 class Trained:
     """A trained model with the weights of its best epoch, and how it got there.
 
-    ``folder`` is where these weights lie with the optimizers' state, which another training can
-    start from (`fathom.warm`); it is gone if no folder for checkpoints was given.
+    With a cool-down, that is the last epoch, and the best one of those before was gone on from.
+
+    ``state`` is where the weights lie that another training can start from, with the optimizers'
+    state (`fathom.warm`): those before the cool-down, if there was one. It is gone if no folder for
+    checkpoints was given.
     """
 
     model: Model
     best_epoch: int
     history: list[Epoch] = field(default_factory=list)
-    folder: Path | None = None
+    state: Path | None = None
 
 
 def train(
@@ -91,6 +95,9 @@ def train(
 ) -> Trained:
     """Train a model; keep the weights of the epoch with the lowest validation loss.
 
+    With ``config.cool_down``, that share of the examples is held back for a last pass, in which the
+    learning rates fall.
+
     Args:
         training, validation: encoded examples with labels. Validation is only ever scored.
         folder: where checkpoints are kept. If one is there of the same settings and splits, it is
@@ -100,7 +107,8 @@ def train(
 
     Raises:
         TrainingError: splits are empty, unlabelled or hold what cannot be learnt from (all faults
-            together), or a loss is not finite or explodes; the message names the batch.
+            together), the cool-down leaves no examples or has none, or a loss is not finite or
+            explodes; the message names the batch.
         CheckpointError: a checkpoint cannot be written or read.
     """
     faults = [
@@ -113,31 +121,73 @@ def train(
     _keep_freed_memory()
     job = Job(layout, training, validation, config, task)
     if folder is not None:
-        return Run(job, folder, report, start).finish()
+        return _train(job, folder, report, start)
     with tempfile.TemporaryDirectory(prefix="fathom-") as passing:
-        return Run(job, Path(passing), report, start).finish()
+        return replace(_train(job, Path(passing), report, start), state=None)
+
+
+def _train(job: Job, folder: Path, report: Report | None, start: WarmStart | None) -> Trained:
+    """All at once, or up to the cool-down and from there."""
+    config = job.config
+    if not config.cool_down:
+        return Run(job, folder, report, start).finish()
+    late = _late(job.training, config)
+    staying = replace(config, schedule="constant")
+    before = replace(job, config=staying, chosen=~late)
+    found = Run(before, folder / "before-cool-down", report, start).finish()
+    state, history = found.state, found.history
+    del found  # two models may not fit in memory
+    log.info("cool-down: the last %s examples, with falling rates", f"{int(late.sum()):,}")
+    falling = replace(config, epochs=1, warmup_steps=0)
+    after = replace(job, config=falling, chosen=late, after=history)
+    return replace(Run(after, folder / "cool-down", report, state).finish(), state=state)
+
+
+def _late(training: Batch, config: TrainingConfig) -> NDArray[np.bool_]:
+    """(N,) which examples are learnt in the cool-down."""
+    draw = training.draw
+    if draw is None:  # examples without keys: by their places
+        draw = np.random.default_rng(config.seed).random(len(training), np.float32)
+    late = draw < np.float32(config.cool_down)
+    if late.all() or not late.any():
+        raise TrainingError(
+            f"training.cool_down is {config.cool_down}, which is {int(late.sum())} of "
+            f"{len(training)} examples; set it to 0 for so few"
+        )
+    return late
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what."""
+    """What is trained, on what.
+
+    Args:
+        chosen: (N,) which of the training examples are learnt; None for all.
+        after: the epochs that it goes on from.
+    """
 
     layout: Layout
     training: Batch
     validation: Batch
     config: TrainingConfig
     task: Task
+    chosen: NDArray[np.bool_] | None = None
+    after: Sequence[Epoch] = ()
 
 
 class Run:
-    """A training on its way: what `train` does, in steps that can be taken up again."""
+    """A training on its way: what `train` does, in steps that can be taken up again.
+
+    Args:
+        start: what it takes over, or, as it is, what another part of the same training kept.
+    """
 
     def __init__(
         self,
         job: Job,
         folder: Path,
         report: Report | None = None,
-        start: WarmStart | None = None,
+        start: WarmStart | Path | None = None,
     ) -> None:
         config = job.config
         self._job, self._config, self._folder = job, config, folder
@@ -146,7 +196,6 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._group = Group.join(self._device)
-        self._rows = len(job.training)
         positive_weight = config.positive_weight if job.task == "binary" else 1.0
         self._validation_weight = weights(job.validation, config.use_weights, positive_weight)
         self._feed = Feed(
@@ -159,9 +208,11 @@ class Run:
             positive_weight=positive_weight,
             rank=self._group.rank,
             world=self._group.world,
+            chosen=job.chosen,
         )
+        self._rows = self._feed.examples
         if config.shard_tables and self._group.world > 1:
-            if start is not None:
+            if isinstance(start, WarmStart):
                 raise TrainingError(
                     "training.shard_tables is true, and a warm start needs whole tables; start "
                     "warm in one process, or set it to false"
@@ -171,20 +222,24 @@ class Run:
         else:
             self.model = build(job.layout, config).to(self._device)
         self._optimizers = Optimizers(self.model, config, self._group)
-        if start is not None:
+        if isinstance(start, WarmStart):
             start.apply(self.model, self._optimizers)
+        elif start is not None:
+            checkpoint.load(start, self._learnt())
         self._ceiling = _EXPLODED * _initial_loss(job)
         self._key = _key(job, start)
-        self._epoch, self._batch = 1, 0
+        self._first = len(job.after) + 1
+        self._steps = sum(math.ceil(epoch.examples / config.batch_size) for epoch in job.after)
+        self._epoch, self._batch = self._first, 0
         self._total = torch.zeros((), dtype=torch.float64, device=self._device)
         self._best_epoch, self._best_loss = 0, math.inf
-        self._history: list[Epoch] = []
+        self._history: list[Epoch] = list(job.after)
         self._seconds = self._rate = 0.0
         self._resume()
 
     def finish(self) -> Trained:
         """Train until the last epoch, or until validation has not improved for long enough."""
-        while self._epoch <= self._config.epochs and not self._stale:
+        while self._epoch < self._first + self._config.epochs and not self._stale:
             self._pass()
             self._validate()
         if self._stale:
@@ -194,6 +249,11 @@ class Run:
         checkpoint.load(self._best, self._weights(), "model.")
         self.model.to("cpu").eval()
         return Trained(self.model, self._best_epoch, self._history, self._best)
+
+    @property
+    def _step(self) -> int:
+        """Steps taken, those of the parts before this one included."""
+        return self._steps + (self._epoch - self._first) * len(self._feed) + self._batch
 
     def _spread(self) -> Model:
         """A model with this process's part of each table."""
@@ -205,7 +265,8 @@ class Run:
 
     @property
     def _stale(self) -> bool:
-        return bool(self._history) and (self._epoch - 1 - self._best_epoch > self._config.patience)
+        behind = self._epoch - 1 - self._best_epoch
+        return self._best_epoch > 0 and behind > self._config.patience
 
     @property
     def _best(self) -> Path:
@@ -219,7 +280,7 @@ class Run:
         started = reported = saved = time.perf_counter()
         first = self._batch
         for examples in self._feed.epoch(self._epoch, first):
-            step = (self._epoch - 1) * batches + self._batch
+            step = (self._epoch - self._first) * batches + self._batch
             size = min(config.batch_size, self._rows - self._batch * config.batch_size)
             if config.dropout:
                 self._draw()
@@ -271,16 +332,19 @@ class Run:
                 "validation; lower the learning rates or look for extreme inputs"
             )
         zero = self._optimizers.wide_zero_share()
-        self._history.append(Epoch(self._epoch, train_loss, loss, self._rate, self._seconds, zero))
+        self._history.append(
+            Epoch(self._epoch, train_loss, loss, self._rate, self._seconds, zero, self._rows)
+        )
+        last = self._first - 1 + self._config.epochs
         log.info(
             "epoch %d/%d: training loss %.4f, validation loss %.4f, %s examples/s",
             self._epoch,
-            self._config.epochs,
+            last,
             train_loss,
             loss,
             f"{self._rate:,.0f}",
         )
-        step = self._epoch * len(self._feed)
+        step = self._step
         for name, value in (("train_loss", train_loss), ("validation_loss", loss)):
             self._report(name, value, step)
         self._report("examples_per_second", self._rate, step)
@@ -354,7 +418,7 @@ class Run:
             f"{rate:,.0f}",
             (all_ - done) * self._config.batch_size / rate,
         )
-        step = (self._epoch - 1) * all_ + done
+        step = self._step
         self._report("running_loss", loss, step)
         self._report("examples_per_second", rate, step)
 
@@ -381,8 +445,7 @@ class Run:
             "best_loss": self._best_loss if self._best_epoch else None,
             "history": [asdict(epoch) for epoch in self._history],
         }
-        step = (self._epoch - 1) * len(self._feed) + self._batch
-        checkpoint.write(self._folder, step, tensors, state)
+        checkpoint.write(self._folder, self._step, tensors, state)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if it is of this very training."""
@@ -438,15 +501,16 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def _key(job: Job, start: WarmStart | None) -> str:
+def _key(job: Job, start: WarmStart | Path | None) -> str:
     """What a training is told from others by: settings, start and, by samples, its splits."""
     settings = job.config.as_dict()
     for name in OF_THE_MACHINE:
         del settings[name]
     splits = (job.training, job.validation)
     samples = [split.fingerprint(max(len(split) // 1000, 1)) for split in splits]
-    begun = start.fingerprint if start else None
-    known = json.dumps([settings, asdict(job.layout), job.task, samples, begun])
+    begun = start.fingerprint if isinstance(start, WarmStart) else None
+    before = [(epoch.examples, epoch.validation_loss) for epoch in job.after]
+    known = json.dumps([settings, asdict(job.layout), job.task, samples, begun, before])
     return hashlib.sha256(known.encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fathom import checkpoint, files
+from fathom import checkpoint
 from fathom.batch import WIDE, Layout
 from fathom.config import TrainingConfig
 from fathom.models import Model, build
@@ -54,9 +54,8 @@ class WarmStart:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that a model takes over, in hexadecimal."""
-        digest = hashlib.sha256(json.dumps([asdict(self.layout), self.config.as_dict()]).encode())
-        for path in sorted(self.folder.glob("*.npy")):
-            digest.update(f"{path.name} {files.sha256(path)}".encode())
+        known = [asdict(self.layout), self.config.as_dict(), checkpoint.digest(self.folder)]
+        digest = hashlib.sha256(json.dumps(known).encode())
         for name, places in sorted(self.rows.items()):
             digest.update(name.encode() + places.tobytes())
         return digest.hexdigest()
@@ -102,18 +101,6 @@ class WarmStart:
             for part, values in parts.items():
                 values[to] = before[part].index_select(0, source).to(values.device)
         return fresh
-
-
-def is_of(folder: Path, model: Model) -> bool:
-    """Whether a folder is what the training of this very model kept."""
-    try:
-        for name, weight in model.state_dict().items():
-            held = np.load(folder / f"model.{name}.npy", mmap_mode="r", allow_pickle=False)
-            if not np.array_equal(held, weight.cpu().numpy()):
-                return False
-    except (OSError, ValueError, EOFError):
-        return False
-    return True
 
 
 def _tables(model: Model, optimizers: Optimizers) -> dict[Place, dict[str, Tensor]]:

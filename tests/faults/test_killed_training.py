@@ -51,7 +51,8 @@ def _stop_the_server() -> Iterator[None]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """Three epochs of 25 steps, with dropout, and a checkpoint as often as there can be one."""
+    """Three epochs of 19 steps and a cool-down of 7, with dropout, and a checkpoint as often as
+    there can be one."""
     folder = tmp_path / "input"
     examples(1600, 0).save(folder / "train")
     examples(400, 1).save(folder / "validation")
@@ -68,6 +69,7 @@ def job(tmp_path: Path) -> Path:
         "dropout": 0.2,
         "wide_l1": 0.1,
         "epochs": 3,
+        "cool_down": 0.25,
         "patience": 3,
         "batch_size": 64,
         "shuffle_rows": 512,
@@ -96,14 +98,22 @@ class Training:
         return self.process.exitcode, self._said.read_text() if self._said.exists() else ""
 
 
+PARTS = ("before-cool-down", "cool-down")
+
+
 def state(checkpoints: Path) -> dict[str, bytes]:
-    """Every byte that the last checkpoint and the best weights hold."""
-    (best,) = checkpoints.glob("best-*")
+    """Every byte that the last checkpoints and the best weights hold."""
     found = {}
-    for folder in (checkpoint.latest(checkpoints), best):
-        for path in folder.glob("*.npy"):
-            found[f"{folder.name}/{path.name}"] = path.read_bytes()
+    for part in PARTS:
+        (best,) = (checkpoints / part).glob("best-*")
+        for folder in (checkpoint.latest(checkpoints / part), best):
+            for path in folder.glob("*.npy"):
+                found[f"{part}/{folder.name}/{path.name}"] = path.read_bytes()
     return found
+
+
+def latest(checkpoints: Path) -> list[Path | None]:
+    return [checkpoint.latest(checkpoints / part) for part in PARTS]
 
 
 @pytest.mark.slow
@@ -115,8 +125,8 @@ def test_killed_at_any_moment_it_ends_bit_equal(job: Path, tmp_path: Path):
     killed, disturbed = 0, tmp_path / "disturbed 0"
     while killed < KILLS:
         training = Training(job, disturbed)
-        began = checkpoint.latest(disturbed)
-        while checkpoint.latest(disturbed) == began and training.process.is_alive():
+        began = latest(disturbed)
+        while latest(disturbed) == began and training.process.is_alive():
             time.sleep(0.005)  # until it has made some progress
         time.sleep(draw.random() * 0.15)
         training.process.kill()
@@ -147,6 +157,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(job: Path, tmp_path:
     assert code == 0
     assert "going on from" in said  # and there is nothing left to do
     assert "epoch 1/3" not in said
+    assert "epoch 4/4" not in said
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,10 @@ def register(
         Its version, as a receipt for its files.
     """
     from fathom import drift
+    from fathom.checkpoint import digest
     from fathom.feature_store import frame_of
     from fathom.ranker import rows_of_frame
     from fathom.registry import Registry
-    from fathom.warm import is_of
 
     spec = candidate.spec
     draw = np.random.default_rng(config.seed)
@@ -114,7 +114,7 @@ def register(
         )
     )
     learnt = Path(training_state["folder"])
-    if is_of(learnt, candidate.model):
+    if digest(learnt) == candidate.provenance.get("state"):
         versions.keep_state(version, learnt)
     else:
         log.warning("%s is of another training: nothing can start warm from %s", learnt, version)

@@ -94,9 +94,8 @@ def retrain_champion(
 
     recipe = retraining.Recipe(spec, training, config, evaluation)
     found, reason = retraining.base_of(Registry(Path(registry)), base["version"], recipe)
-    more = (*spec.keys, EVENT_TIMESTAMP)
-    learnt_from = retraining.Window(frame_of_split(train_frame, spec, *more))
-    validation = retraining.Window(frame_of_split(validation_frame, spec, *more))
+    learnt_from = retraining.Window(frame_of_split(train_frame, spec, EVENT_TIMESTAMP))
+    validation = retraining.Window(frame_of_split(validation_frame, spec, EVENT_TIMESTAMP))
     with reporting(tracking, training) as report:
         folder = Path(checkpoints) / "retraining"
         done = retraining.retrain(learnt_from, validation, recipe, found, reason, folder, report)

@@ -120,15 +120,15 @@ def curves(trained: Trained) -> list[dict[str, Any]]:
 
 
 def learnt(trained: Trained) -> dict[str, Any]:
-    """Where the best weights and the optimizers' state are, as a receipt for them."""
-    return {"folder": str(trained.folder), "covers": [str(trained.folder)]}
+    """Where what another training can start from is, as a receipt for it."""
+    return {"folder": str(trained.state), "covers": [str(trained.state)]}
 
 
 def frame_of_split(rows: Table, spec: FeatureSpec, *more: str) -> Any:
-    """A split as a frame: label, inclusion probability, the spec's columns, and ``more``."""
+    """A split as a frame: label, inclusion probability, keys, the spec's columns, and ``more``."""
     from fathom.feature_store import frame_of
 
-    own = (spec.label.name, INCLUSION_PROBABILITY, *more)
+    own = (spec.label.name, INCLUSION_PROBABILITY, *spec.keys, *more)
     columns = dict.fromkeys([*own, *(column.name for column in spec.columns)])
     return frame_of(rows.select(*columns).to_pyarrow())
 
