@@ -136,7 +136,8 @@ def _cases(log: Log, recipe: Recipe, moments: Sequence[datetime], plan: Plan) ->
     with tempfile.TemporaryDirectory(prefix="fathom-") as passing:
         folder = Path(passing)
         split = SplitConfig(*(m.isoformat() for m in (begin, cutoff, cutoff + WEEK)))
-        base = base_from(trained(cutoff, None, recipe, folder / "champion"), recipe.training, split)
+        champion = trained(cutoff, None, recipe, folder / "champion").chosen
+        base = base_from(champion, recipe.training, split)
         for weeks in plan.weeks:
             until = cutoff + weeks * WEEK
             fresh = trained(until, None, recipe, folder / f"{weeks}").chosen

@@ -20,7 +20,7 @@ from fathom.evaluation import EvaluationConfig
 from fathom.feature_store import to_arrow
 from fathom.gate import GateConfig
 from fathom.replay import WEEK, Log, Replay, ReplayConfig, ReplayError
-from fathom.retraining import Recipe, RetrainingConfig
+from fathom.retraining import Recipe, RetrainingConfig, nothing_newer
 from small_ranker import SPEC, START, plain_frame
 
 WEEKS, A_DAY = 9, 20
@@ -36,7 +36,14 @@ GATE = GateConfig(
 RECIPE = Recipe(
     SPEC,
     TrainingConfig(hidden=(8,), epochs=1, batch_size=32, device="cpu", threads=1),
-    RetrainingConfig(validation_days=7, test_days=7, fresh_growth=9.0, fresh_margin=10.0),
+    RetrainingConfig(
+        validation_days=7,
+        test_days=7,
+        growth=9.0,
+        fresh_growth=9.0,
+        fresh_margin=10.0,
+        catch_up=False,
+    ),
     EvaluationConfig(resamples=20),
 )
 
@@ -65,7 +72,10 @@ class Alarmed(Replay):
     """Whose monitor asks for a retraining every week, so that nothing depends on drift."""
 
     def _decision(self, line: Any, now: Any) -> Any:
-        return SimpleNamespace(retrain=True, reasons=["asked to"], alerts=())
+        until = self._split(now).moment("validation_from")
+        waits = nothing_newer(line.training.base.ranker.provenance, until)
+        reasons = ["asked to"] if waits is None else [waits]
+        return SimpleNamespace(retrain=waits is None, reasons=reasons, alerts=())
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +129,67 @@ def test_a_shared_training_is_charged_to_each(figures: Any) -> None:
 def test_the_watched_policy_leaves_the_gates_window_out_of_training(figures: Any) -> None:
     """A week for the gate and one for validation: in the second week there is nothing newer yet."""
     assert of(figures, "fathom", "retrained") == [False, False, True, True, True]
-    assert of(figures, "fathom", "reasons")[1] == ["asked to", "nothing newer to learn from"]
+    (waits,) = of(figures, "fathom", "reasons")[1]
+    assert waits == (
+        "waiting: the champion has learnt what there is until 2024-01-22 00:00, and a retraining "
+        "could learn until 2024-01-22 00:00 only, for what comes after that is to validate and "
+        "judge it by"
+    )
     assert of(figures, "fathom", "promoted") == [False, False, True, True, True]
     assert of(figures, "fathom", "started")[2] == ["warm"]
+
+
+def test_what_passes_the_gate_catches_up_before_it_is_deployed(tmp_path: Path) -> None:
+    """Deployed at the start of the third week, it knows all there is then. So it takes three weeks
+    until there is something newer that is not needed to validate and judge by."""
+
+    class Catching(Alarmed):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            settings = self.recipe.retraining.model_copy(update={"catch_up": True})
+            self.recipe = replace(self.recipe, retraining=settings)
+
+        def _step(self, line: Any, number: int, now: Any) -> Any:
+            done = super()._step(line, number, now)
+            if done["promoted"]:
+                made = line.training.base.ranker.provenance
+                assert made["trained_until"] == now.isoformat()
+                assert made["judged"] == line.training.judged.version != line.training.base.version
+                assert made["validated_from"] == line.training.split.validation_from
+            return done
+
+    found = lived(tmp_path, table(), Catching, policies=("fathom",))
+    assert of(found, "fathom", "promoted") == [False, False, True, False, False]
+    without = lived(tmp_path / "b", table(), Alarmed, policies=("fathom",), weeks=3)
+    more = [each["totals"]["fathom"]["examples"] for each in (found, without)]
+    assert more[0] >= more[1] + 2 * 7 * A_DAY  # the two weeks for validation and the gate
+
+
+def test_a_caught_up_one_is_watched_by_what_the_judged_one_said_of_the_windows(
+    tmp_path: Path,
+) -> None:
+    """It has learnt them itself, so its own scores there would promise too much."""
+    references = []
+
+    class Watched(Replay):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            settings = {"catch_up": True, "growth": 1.2}
+            retraining = self.recipe.retraining.model_copy(update=settings)
+            self.recipe = replace(self.recipe, retraining=retraining)
+            self.monitoring = self.monitoring.model_copy(update={"min_rows": 1000})
+
+        def _decision(self, line: Any, now: Any) -> Any:
+            found = super()._decision(line, now)
+            if line.training.judged is not None:
+                references.append((line.training, max(self._references)))
+            return found
+
+    lived(tmp_path, table(), Watched, policies=("fathom",))
+    assert references
+    for training, (version, until) in references:
+        assert version == training.base.version
+        assert until.isoformat() <= training.base.ranker.provenance["trained_until"]
 
 
 def test_a_challenger_that_the_gate_refuses_is_paid_for_and_not_deployed(tmp_path: Path) -> None:
@@ -176,7 +244,9 @@ def test_data_that_have_outgrown_the_deployed_one_ask_for_a_retraining(tmp_path:
     class Growing(Replay):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
-            settings = self.recipe.retraining.model_copy(update={"fresh_growth": 1.5})
+            settings = self.recipe.retraining.model_copy(
+                update={"growth": 1.5, "fresh_growth": 1.5}
+            )
             self.recipe = replace(self.recipe, retraining=settings)
             # Windows of so few rows get no verdict on drift.
             self.monitoring = self.monitoring.model_copy(update={"min_rows": 1000})

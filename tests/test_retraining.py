@@ -30,9 +30,13 @@ from fathom.retraining import (
     RetrainingConfig,
     Window,
     attempt,
+    base_from,
     base_of,
+    catch_up,
     challenged,
     newest_split,
+    nothing_newer,
+    outgrown,
     provenance,
     retrain,
     take,
@@ -146,7 +150,8 @@ def test_a_run_that_is_repeated_after_the_promotion_challenges_the_same(
     later = SplitConfig("2024-01-01", "2024-02-20", "2024-02-27")
     assert challenged(registry, later) == champion.version
     described = champion.ranker.provenance | {
-        "trained_until": "2024-02-20T00:00:00+00:00",
+        "trained_until": "2024-03-12T00:00:00+00:00",  # it has caught up
+        "validated_from": "2024-02-20T00:00:00+00:00",
         "from": champion.version,
     }
     successor = replace(champion.ranker, provenance=described)
@@ -155,6 +160,33 @@ def test_a_run_that_is_repeated_after_the_promotion_challenges_the_same(
     assert challenged(registry, later) == champion.version  # not the one it has made itself
     assert challenged(registry, SplitConfig("2024-01-01", "2024-02-27", "2024-03-05")) == (
         successor.version
+    )
+
+
+def test_what_a_champion_has_learnt_a_retraining_waits_for(
+    champion: Base, registry: Registry
+) -> None:
+    """It learnt until the 31st of January. Three weeks are for validation and the gate."""
+    provenance = champion.ranker.provenance
+    assert nothing_newer(provenance, START + timedelta(days=31)) is None
+    why = (
+        "waiting: the champion has learnt what there is until 2024-01-31 00:00, and a retraining "
+        "could learn until 2024-01-29 00:00 only, for what comes after that is to validate and "
+        "judge it by"
+    )
+    assert nothing_newer(provenance, START + timedelta(days=28)) == why
+    moments = [START + timedelta(days=day) for day in range(50)]
+    frame = ibis.memtable({"event_timestamp": moments, SPEC.label.name: [0] * 50})
+    with pytest.raises(ValueError, match=re.escape(why)):
+        plan_retraining(frame, None, SPEC, SPLIT, RetrainingConfig(), str(registry.folder))
+
+
+def test_growth_is_of_all_that_the_champion_has_learnt_from(champion: Base) -> None:
+    """The warm one learnt from 550 rows, but has those of the fresh one, too."""
+    made = champion.ranker.provenance | {"window_rows": 1000, "rows": {"train": 550}}
+    assert outgrown(1049, made, RetrainingConfig()) is None
+    assert outgrown(1050, made, RetrainingConfig()) == (
+        "growth: there are 1.05 times the rows that the champion has learnt from (≥ 1.05)"
     )
 
 
@@ -347,6 +379,47 @@ def test_the_same_retraining_ends_the_same_and_takes_up_where_it_was(
     weights = [done.chosen.trained.model.state_dict() for done in (first, second, again)]
     for name, value in weights[0].items():
         assert all(value.numpy().tobytes() == w[name].numpy().tobytes() for w in weights), name
+
+
+def judged_and(folder: Path, base: Base) -> tuple[Base, Any]:
+    """A challenger of ``base``'s, and what it is when it has caught up until day 60."""
+    done = retrained(base, folder)
+    judged = base_from(done.chosen, TRAINING, LATER, done.base)
+    found = catch_up(window(0, DAYS), window(57, DAYS), RECIPE, judged, folder / "caught-up")
+    return judged, found
+
+
+#: What `retrained` is trained and judged on.
+LATER = SplitConfig("2024-01-01", "2024-02-20", "2024-02-27")
+
+
+def test_what_passes_the_gate_learns_the_windows_it_was_judged_on(
+    champion: Base, tmp_path: Path
+) -> None:
+    judged, found = judged_and(tmp_path, champion)
+    assert found.start == "warm"
+    old = late(window(0, 50)).sum()
+    assert found.examples == 10 * A_DAY + old  # and nothing that it had learnt
+    assert found.against.difference < 0
+    assert (found.window_rows, found.fresh_rows) == (1200, 600)
+    until = START + timedelta(days=DAYS)
+    made = provenance(found, TRAINING, LATER, champion.version, (judged.version, until))
+    assert made["trained_until"] == until.isoformat()
+    assert (made["judged"], made["from"]) == (judged.version, champion.version)
+    assert made["validated_from"] == judged.ranker.provenance["validated_from"]
+    again = base_from(found, TRAINING, LATER, champion.version, (judged.version, until))
+    assert again.version.startswith("20240301-")
+
+
+def test_what_fails_to_catch_up_is_released_as_it_was_judged(
+    champion: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoilt_one = spoilt(champion, tmp_path / "state", -3.0)
+    assert catch_up(window(0, 50), window(43, 50), RECIPE, spoilt_one, tmp_path / "a") is None
+    assert "its loss on the windows it has learnt would not be lower" in caplog.text
+    broken = spoilt(champion, tmp_path / "broken", -1e7)
+    assert catch_up(window(0, 50), window(43, 50), RECIPE, broken, tmp_path / "b") is None
+    assert "catching up ends with: the loss explodes" in caplog.text
 
 
 def test_provenance_says_how_it_started(champion: Base, tmp_path: Path) -> None:

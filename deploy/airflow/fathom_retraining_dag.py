@@ -67,6 +67,7 @@ def fathom_retraining():
         "evaluate": task(task_id="evaluate")(run)("evaluate"),
         "judge": task(task_id="judge")(run)("judge"),
         "plot_calibration": task(task_id="plot_calibration")(run)("plot_calibration"),
+        "catch_up": task(task_id="catch_up")(run)("catch_up"),
         "write_card": task(task_id="write_card")(run)("write_card"),
         "register": task(task_id="register")(run)("register"),
         "package": task(task_id="package")(run)("package"),
@@ -103,12 +104,16 @@ def fathom_retraining():
     tasks["score_splits"] >> tasks["judge"]
     tasks["split_frame"] >> tasks["judge"]
     tasks["evaluate"] >> tasks["plot_calibration"]
+    tasks["judge"] >> tasks["catch_up"]
+    tasks["plan_retraining"] >> tasks["catch_up"]
+    tasks["retrain_champion"] >> tasks["catch_up"]
+    tasks["split_frame"] >> tasks["catch_up"]
+    tasks["catch_up"] >> tasks["write_card"]
     tasks["evaluate"] >> tasks["write_card"]
     tasks["judge"] >> tasks["write_card"]
-    tasks["retrain_champion"] >> tasks["write_card"]
+    tasks["catch_up"] >> tasks["register"]
     tasks["evaluate"] >> tasks["register"]
     tasks["retrain_champion"] >> tasks["register"]
-    tasks["score_splits"] >> tasks["register"]
     tasks["split_frame"] >> tasks["register"]
     tasks["write_card"] >> tasks["register"]
     tasks["register"] >> tasks["package"]

@@ -40,9 +40,12 @@ from fathom.retraining import (
     Start,
     Window,
     base_from,
+    catch_up,
     newest_split,
+    nothing_newer,
     outgrown,
     retrain,
+    trained_until,
     utc,
 )
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
@@ -158,14 +161,19 @@ class Log:
 
 @dataclass(frozen=True)
 class Training:
-    """A ranker that was trained, and what that took, whoever asked for it."""
+    """A ranker that was trained, and what that took, whoever asked for it.
+
+    Args:
+        split: of the training; of one that has caught up, that of what was judged.
+        judged: what passed the gate, if this one is that caught up.
+    """
 
     base: Base
     split: SplitConfig
     started: tuple[Start, ...]
-    reason: str
     examples: int
     seconds: float
+    judged: Base | None = None
 
 
 @dataclass
@@ -266,13 +274,12 @@ class Replay:
             done["reasons"] = list(decision.reasons)
             if not decision.retrain:
                 return done
-            split = self._split(now)
-            seen = line.training.split.moment("validation_from")
-            if split.moment("validation_from") <= seen:
-                return done | {"reasons": [*done["reasons"], "nothing newer to learn from"]}
-            training = self._trained(split, line.training.base)
+            training = self._trained(self._split(now), line.training.base)
             promoted, reasons = self._judged(line.training.base, training)
             done["reasons"] += reasons
+            if promoted and self.recipe.retraining.catch_up:
+                line.charge(training)
+                training = self._caught_up(training, now)
         elif policy.start == "warm":
             base = line.training.base
             training, promoted = self._trained(self._ungated(now), base, checked=False), True
@@ -287,21 +294,27 @@ class Replay:
     def _split(self, now: datetime) -> SplitConfig:
         return newest_split(now, self.log.spec, self.recipe.retraining, self.train_from)
 
-    def _outgrown(self, line: Line, now: datetime) -> str | None:
+    def _outgrown(self, line: Line, split: SplitConfig) -> str | None:
         if not line.policy.growing:
             return None
-        split = self._split(now)
         rows = self.log.rows(*(split.moment(name) for name in ("train_from", "validation_from")))
         provenance = line.training.base.ranker.provenance
         return outgrown(rows.num_rows, provenance, self.recipe.retraining)
 
     def _decision(self, line: Line, now: datetime) -> drift.Decision:
         """Whether last week asks for a retraining, by what is known of the deployed one."""
-        ranker, version = line.training.base.ranker, line.training.base.version
-        since = line.training.split.moment("validation_from")
-        known = (version, until := min(since + REFERENCE, now - WEEK))
+        training = line.training
+        ranker, version = training.base.ranker, training.base.version
+        since = training.split.moment("validation_from")
+        until = min(since + REFERENCE, now - WEEK)
+        if training.judged is not None:  # which alone has not learnt from what was there then
+            until = min(until, trained_until(ranker.provenance))
+        known = (version, until)
         if known not in self._references:
             rows = self._sampled(self.log.rows(since, until))
+            if training.judged is not None:
+                scores = drift.scored(training.judged.ranker, rows)[drift.PROBABILITY]
+                rows = rows.append_column(drift.PROBABILITY, [scores.to_numpy()])
             self._references[known] = drift.reference_of(ranker, rows, self.monitoring)
         live = self.log.rows(now - WEEK, now)
         found = drift.measure(
@@ -311,8 +324,10 @@ class Replay:
             drift.last_sound(line.decisions, version),
             total=live.num_rows,
         )
-        why = self._outgrown(line, now)
-        return drift.decide(found, line.decisions, self.monitoring, version, why)
+        split = self._split(now)
+        why = self._outgrown(line, split)
+        waits = nothing_newer(ranker.provenance, split.moment("validation_from"))
+        return drift.decide(found, line.decisions, self.monitoring, version, why, waits)
 
     def _sampled(self, rows: pa.Table) -> pa.Table:
         """As much of some exposures as monitoring looks at."""
@@ -366,13 +381,39 @@ class Replay:
                 self.folder / f"{validation:%Y%m%d}-{test:%Y%m%d}-{key[-1] or 'fresh'}",
             )
             self._trainings[key] = Training(
-                base_from(done, self.recipe.training, split),
+                base_from(done.chosen, self.recipe.training, split, done.base),
                 split,
                 tuple(tried.start for tried in done.attempts),
-                done.reason,
                 sum(tried.examples for tried in done.attempts),
                 time.perf_counter() - started,
             )
+        return self._trainings[key]
+
+    def _caught_up(self, training: Training, now: datetime) -> Training:
+        """What is deployed for what passed the gate; only what that took more."""
+        judged, split = training.base, training.split
+        key = (now, judged.version)
+        if key not in self._trainings:
+            started = time.perf_counter()
+            found = catch_up(
+                self.log.window(split.moment("train_from"), now),
+                self.log.window(split.moment("test_from"), now),
+                self.recipe,
+                judged,
+                self.folder / f"{now:%Y%m%d}-{judged.version}-caught-up",
+            )
+            seconds = time.perf_counter() - started
+            if found is None:
+                self._trainings[key] = replace(training, examples=0, seconds=seconds)
+            else:
+                challenged, whole = judged.ranker.provenance["from"], (judged.version, now)
+                self._trainings[key] = replace(
+                    training,
+                    base=base_from(found, self.recipe.training, split, challenged, whole),
+                    examples=found.examples,
+                    seconds=seconds,
+                    judged=judged,
+                )
         return self._trainings[key]
 
     # -- figures ---------------------------------------------------------------------------------

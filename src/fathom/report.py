@@ -27,6 +27,13 @@ def model_card(
         judgement: of the gate; how the Bento fares is known only after the card is packed.
     """
     spec, made = candidate.spec, candidate.provenance
+    judged = made.get("judged")
+    caught_up = (
+        f"Figures are those of `{judged}`, which passed the gate. This version has then learnt the "
+        "windows that they are of, too.\n\n"
+        if judged
+        else ""
+    )
     crosses = ", ".join(f"`{cross.name}`" for cross in spec.crosses) or "none"
     reasons = "\n".join(f"- {reason}" for reason in judgement["reasons"])
     compared = "\n\n".join(
@@ -58,7 +65,7 @@ def model_card(
 
 ## Test window
 
-Exposures after the validation window, never looked at by training or tuning.
+{caught_up}Exposures after the validation window, never looked at by training or tuning.
 
 {metrics_table(metrics)}
 

@@ -12,6 +12,9 @@ all the data.
 The warm one is compared with the champion on the validation window, never on the test window,
 which is the gate's. If it may be worse by more than a margin, or fails, a fresh one is trained too,
 and the better of the two goes on.
+
+What has passed the gate then learns the windows that it was validated and judged on, before it is
+released (`catch_up`): they are the newest weeks, and a ranker without them ages from the start.
 """
 
 from __future__ import annotations
@@ -56,10 +59,13 @@ class RetrainingConfig(BaseModel):
         validation_days, test_days: the newest labelled days: the test window, which the gate looks
             at, comes last; the validation window lies before it.
         start: ``warm`` from what the champion has learnt, or always ``fresh``.
+        growth: monitoring asks for a retraining once there are so many times the rows that the
+            champion has learnt from. More data win what no drift shows.
         fresh_growth: start fresh once there are so many times the rows that the last fresh start
             learnt from: a chain of warm starts goes on from a model that was made from fewer.
         fresh_margin: a warm start is good enough if its loss on the validation window exceeds the
             champion's by less than this, at the interval's upper end; else a fresh one is tried.
+        catch_up: whether what passes the gate learns the windows it was judged on, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -68,8 +74,10 @@ class RetrainingConfig(BaseModel):
     validation_days: int = Field(default=7, ge=1)
     test_days: int = Field(default=14, ge=1)
     start: Start = "warm"
+    growth: float = Field(default=1.05, gt=1)
     fresh_growth: float = Field(default=1.5, gt=1)
-    fresh_margin: float = Field(default=0.0, ge=0)
+    fresh_margin: float = Field(default=0.001, ge=0)
+    catch_up: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ class Attempt:
 
     Args:
         steps, examples: that it took, repeated passes counted.
+        window_rows: of the whole training window, what a warm start leaves to its base included.
         fresh_rows: what the fresh start learnt from that it goes back to, itself included.
         against: its validation loss less the champion's, where both were compared.
     """
@@ -142,6 +151,7 @@ class Attempt:
     validation_batch: Batch
     steps: int
     examples: int
+    window_rows: int
     fresh_rows: int
     against: Interval | None = None
 
@@ -206,14 +216,22 @@ def newest_split(
         train_from: where training begins unless ``train_days`` says so.
         without: spans to leave out.
     """
-    origin = spec.grain_origin
-    end = origin + math.ceil((newest - origin) / spec.grain) * spec.grain
-    test = end - timedelta(days=config.test_days)
-    validation = test - timedelta(days=config.validation_days)
+    test = _step_end(newest, spec) - timedelta(days=config.test_days)
+    validation = learnable_until(newest, spec, config)
     if config.train_days is not None:
         train_from = validation - timedelta(days=config.train_days)
     moments = [moment.isoformat() for moment in (train_from, validation, test)]
     return SplitConfig(*moments, without=tuple(without))
+
+
+def learnable_until(newest: datetime, spec: FeatureSpec, config: RetrainingConfig) -> datetime:
+    """Until when a retraining could learn: what comes later is to validate and judge it by."""
+    return _step_end(newest, spec) - timedelta(days=config.validation_days + config.test_days)
+
+
+def _step_end(moment: datetime, spec: FeatureSpec) -> datetime:
+    origin = spec.grain_origin
+    return origin + math.ceil((moment - origin) / spec.grain) * spec.grain
 
 
 def challenged(registry: Registry, split: SplitConfig) -> str | None:
@@ -226,7 +244,7 @@ def challenged(registry: Registry, split: SplitConfig) -> str | None:
     if version is None:
         return None
     provenance = registry.described(version)["provenance"]
-    if trained_until(provenance) == split.moment("validation_from"):
+    if moment_of(provenance.get("validated_from", "0001-01-01")) == split.moment("validation_from"):
         started: str | None = provenance.get("from")
         return started
     return version
@@ -245,6 +263,24 @@ def trained_from(provenance: Mapping[str, Any]) -> datetime:
 def trained_until(provenance: Mapping[str, Any]) -> datetime:
     """Where a ranker's training data end."""
     return moment_of(provenance["trained_until"])
+
+
+def nothing_newer(provenance: Mapping[str, Any], learnable: datetime) -> str | None:
+    """Why a retraining has to wait: it would learn nothing that the champion has not; else None.
+
+    Nor could it be judged: the champion may have learnt the windows for that, too.
+
+    Args:
+        learnable: until when it could learn (`learnable_until`).
+    """
+    until = trained_until(provenance)
+    if learnable > until:
+        return None
+    return (
+        f"waiting: the champion has learnt what there is until {until:%Y-%m-%d %H:%M}, and a "
+        f"retraining could learn until {learnable:%Y-%m-%d %H:%M} only, for what comes after that "
+        "is to validate and judge it by"
+    )
 
 
 def base_of(registry: Registry, version: str | None, recipe: Recipe) -> tuple[Base | None, str]:
@@ -332,6 +368,47 @@ def retrain(
     return _said(Retrained(best, attempts, base.version, why))
 
 
+def catch_up(
+    everything: Window,
+    judged_on: Window,
+    recipe: Recipe,
+    judged: Base,
+    folder: Path,
+    report: Report | None = None,
+) -> Attempt | None:
+    """Let what has passed the gate learn what it was validated and judged on: a warm start from it.
+
+    Nothing is left to judge the outcome by. But it has learnt ``judged_on``: if it does not predict
+    that better than before, something went wrong, and what was judged is to be released as it is.
+
+    Args:
+        everything: all that is labelled. judged_on: the test window, at its end.
+
+    Returns:
+        None if something went wrong, which the log says.
+    """
+    from fathom.training import TrainingError
+
+    until = np.datetime64(trained_until(judged.ranker.provenance).replace(tzinfo=None), "us")
+    rows = warm_rows(everything, until, recipe)
+    try:
+        found = _warm(everything, judged_on, rows, recipe, judged, folder, report)
+    except TrainingError as error:
+        log.warning(
+            "%s is released as it was judged: catching up ends with: %s", judged.version, error
+        )
+        return None
+    if found.against is None or not found.against.difference < 0:
+        log.warning(
+            "%s is released as it was judged: caught up, its loss on the windows it has learnt "
+            "would not be lower",
+            judged.version,
+        )
+        return None
+    log.info("caught up on %s examples, from %s", f"{found.examples:,}", judged.version)
+    return found
+
+
 def grown(rows: int, provenance: Mapping[str, Any]) -> float:
     """How many times the rows are there that a ranker's last fresh start learnt from."""
     return rows / _fresh_rows(provenance)
@@ -345,12 +422,12 @@ def outgrown(rows: int, provenance: Mapping[str, Any], config: RetrainingConfig)
     Args:
         rows: that a retraining would learn from.
     """
-    growth = grown(rows, provenance)
-    if growth < config.fresh_growth:
+    growth = rows / int(provenance.get("window_rows", provenance["rows"]["train"]))
+    if growth < config.growth:
         return None
     return (
-        f"growth: there are {growth:.2f} times the rows that the champion goes back to "
-        f"(≥ {config.fresh_growth:g})"
+        f"growth: there are {growth:.2f} times the rows that the champion has learnt from "
+        f"(≥ {config.growth:g})"
     )
 
 
@@ -406,8 +483,8 @@ def _warm(
     encoder = fit_encoder(training_window.frame, recipe.spec, scalers_of=known)
     start = WarmStart(base.state, known.layout, base.ranker.config, encoder.rows_of(known))
     batches = _encoded(encoder, take(training_window.frame, rows), validation_window.frame)
-    before = _fresh_rows(base.ranker.provenance)
-    warm = attempt("warm", encoder, batches, recipe.training, folder, report, start, before)
+    known_rows = (len(training_window.moments), _fresh_rows(base.ranker.provenance))
+    warm = attempt("warm", encoder, batches, recipe.training, folder, report, start, known_rows)
     return _against(base, warm, validation_window, recipe)
 
 
@@ -423,14 +500,14 @@ def attempt(
     folder: Path,
     report: Report | None = None,
     start: WarmStart | None = None,
-    fresh_rows: int | None = None,
+    known_rows: tuple[int, int] | None = None,
 ) -> Attempt:
     """Train once, from the last checkpoint of the same training if there is one.
 
     Args:
         batches: what is learnt, and the validation window.
-        start, fresh_rows: what it starts from, and what the fresh start before that learnt from;
-            None for random weights.
+        start: what it starts from; None for random weights.
+        known_rows: of a warm start, ``Attempt.window_rows`` and ``fresh_rows``.
     """
     from fathom.training import train
 
@@ -438,17 +515,23 @@ def attempt(
     trained = train(encoder.layout, *batches, training, task, folder, report, start)
     passes = [epoch.examples for epoch in trained.history]
     steps = sum(math.ceil(rows / training.batch_size) for rows in passes)
-    rows = fresh_rows or len(batches[0])
-    return Attempt(kind, encoder, trained, *batches, steps, sum(passes), rows)
+    rows = known_rows or (len(batches[0]),) * 2
+    return Attempt(kind, encoder, trained, *batches, steps, sum(passes), *rows)
 
 
 def provenance(
-    of: Attempt, training: TrainingConfig, split: SplitConfig, base: str | None = None
+    of: Attempt,
+    training: TrainingConfig,
+    split: SplitConfig,
+    base: str | None = None,
+    caught_up: tuple[str, datetime] | None = None,
 ) -> dict[str, Any]:
     """Where a model comes from. No times: the same training leaves the same bytes.
 
     Args:
-        base: the version that a retraining could start from.
+        base: the version that a retraining challenges.
+        caught_up: the version that passed the gate, and until when this one, which goes on from it,
+            has learnt.
     """
     from fathom.checkpoint import digest
     from fathom.hardware import hardware
@@ -465,7 +548,9 @@ def provenance(
         "code_version": fathom.__version__,
         "hardware": hardware(),
         "trained_from": split.train_from,
-        "trained_until": split.validation_from,
+        "trained_until": caught_up[1].isoformat() if caught_up else split.validation_from,
+        "validated_from": split.validation_from,
+        "judged": caught_up[0] if caught_up else None,
         "rows": {"train": len(batches[0]), "validation": len(batches[1])},
         "best_epoch": trained.best_epoch,
         "parameters": sum(weight.numel() for weight in trained.model.parameters()),
@@ -474,21 +559,27 @@ def provenance(
         "from": base,
         "steps": of.steps,
         "examples": of.examples,
+        "window_rows": of.window_rows,
         "fresh_rows": of.fresh_rows,
         # Of what a warm start from this model goes on from, which the registry keeps beside it.
         "state": digest(trained.state),
     }
 
 
-def base_from(done: Retrained, training: TrainingConfig, split: SplitConfig) -> Base:
-    """What a retraining ended with, as what the next one can start from; without a tower."""
+def base_from(
+    of: Attempt,
+    training: TrainingConfig,
+    split: SplitConfig,
+    base: str | None = None,
+    caught_up: tuple[str, datetime] | None = None,
+) -> Base:
+    """What a training ended with, as what the next one can start from; without a tower."""
     from fathom.ranker import Ranker
 
-    trained = done.chosen.trained
-    described = provenance(done.chosen, training, split, done.base)
-    ranker = Ranker(done.chosen.encoder, trained.model, training, described)
-    assert trained.state is not None
-    return Base(ranker.version, ranker, trained.state)
+    described = provenance(of, training, split, base, caught_up)
+    ranker = Ranker(of.encoder, of.trained.model, training, described)
+    assert of.trained.state is not None
+    return Base(ranker.version, ranker, of.trained.state)
 
 
 def take(frame: Frame, rows: NDArray[np.int64]) -> Frame:

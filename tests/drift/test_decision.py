@@ -269,7 +269,7 @@ def test_many_drifted_features_are_named_by_what_they_put_at_stake() -> None:
 
 # ---------------------------------------------------------------- growth
 
-GROWTH = "growth: there are 1.60 times the rows that the champion goes back to (≥ 1.5)"
+GROWTH = "growth: there are 1.60 times the rows that the champion has learnt from (≥ 1.5)"
 
 
 def test_data_that_have_outgrown_the_champion_ask_at_once() -> None:
@@ -289,3 +289,14 @@ def test_growth_waits_for_the_cool_down_and_for_sound_data() -> None:
     broken = decide(measured(0.0, faults=("price: all null",)), (), CONFIG, "v1", GROWTH)
     assert not broken.retrain
     assert "waiting: a fault of the data is no training set; mend it first" in broken.reasons
+
+
+def test_whatever_asks_waits_until_there_is_something_newer_to_learn() -> None:
+    why = "waiting: the champion has learnt what there is"
+    for asking in (
+        decide(measured(0.03), (), CONFIG, "v1", None, why),
+        decide(measured(0.0), (), CONFIG, "v1", GROWTH, why),
+    ):
+        assert not asking.retrain
+        assert asking.reasons[-1] == why
+    assert why not in decide(measured(0.0), (), CONFIG, "v1", None, why).reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -35,9 +36,24 @@ from fathom.spec import FeatureSpec
 def test_a_candidate_challenges_the_champion_or_whom_it_has_replaced(
     tmp_path, champions, candidate, challenged
 ):
-    if champions:
-        files.write_json(tmp_path / "champion.json", {"champions": champions})
+    in_charge(tmp_path, champions)
     assert look_up_champion(candidate, str(tmp_path)) == {"version": challenged}
+
+
+def in_charge(folder: Path, champions: list[str], **judged: str) -> None:
+    """A registry with a stack of champions; ``judged`` tells of some what they were before."""
+    for name in set(champions):
+        described = {"provenance": {"judged": judged.get(name)}}
+        (folder / "versions" / name).mkdir(parents=True)
+        files.write_json(folder / "versions" / name / "ranker.json", described)
+    if champions:
+        files.write_json(folder / "champion.json", {"champions": champions})
+
+
+def test_nor_does_it_challenge_what_it_has_become_when_it_caught_up(tmp_path: Path) -> None:
+    in_charge(tmp_path, ["v1", "v3"], v3="v2")
+    assert look_up_champion("v2", str(tmp_path)) == {"version": "v1"}
+    assert look_up_champion("v4", str(tmp_path)) == {"version": "v3"}
 
 
 # --- a challenger that returns nonsense --------------------------------------------------------

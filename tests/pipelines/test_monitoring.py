@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from small_ranker import START, exposures
 CONFIG = MonitoringConfig(min_rows=100, min_labels=20, draws=20)
 NEWEST = START + timedelta(days=28)
 REPORT: list[dict[str, Any]] = []
-RETRAINING = RetrainingConfig(fresh_growth=9.0)
+RETRAINING = RetrainingConfig(growth=9.0)
 
 
 def log() -> Any:
@@ -45,6 +46,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     """With a champion, which carries its reference."""
     folder = tmp_path_factory.mktemp("champion")
     ranker = small_ranker.register(folder).ranker
+    # Before the four weeks begin.
+    made = ranker.provenance | {"trained_until": "2023-12-31"}
+    ranker = replace(ranker, provenance=made)
     reference = io.BytesIO()
     pq.write_table(exposures(3200, days=28), reference)
     versions = Registry(folder / "registry")
@@ -107,6 +111,7 @@ def test_the_champion_scores_the_newest_exposures(registry: str) -> None:
         "end": "2024-01-29T00:00:00+00:00",
         "rows": 800,
         "outgrown": None,
+        "waits": None,
     }
     assert len(rows) == 800
     assert rows["event_timestamp"].min() >= NEWEST - timedelta(days=7)
@@ -141,12 +146,24 @@ def served(champion: str, how: str = "champion") -> Any:
 
 def test_data_that_have_outgrown_the_champion_ask_for_a_retraining(registry: str) -> None:
     """It learnt from 320 rows. Three weeks aside, a week of 800 is there to learn from."""
-    few = RetrainingConfig(fresh_growth=2.0)
+    few = RetrainingConfig(growth=2.0)
     rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), few, registry)
     assert watched["outgrown"].startswith("growth: there are 2.50 times the rows")
     decision = decide(ibis.memtable(rows), watched, REPORT, None, CONFIG, registry)[0]
     assert watched["outgrown"] in decision["reasons"]
     assert decision["retrain"] is not bool(decision["alerts"])
+    assert watched["waits"] is None
+
+
+def test_what_the_champion_has_learnt_a_retraining_waits_for(registry: str) -> None:
+    """The 29th of January less 29 days for validation and test is when the champion ends."""
+    few = RetrainingConfig(growth=1.0001, validation_days=14, test_days=15)
+    rows, watched = score_window(log(), None, {}, CONFIG, WindowConfig(), few, registry)
+    assert watched["waits"].startswith("waiting: the champion has learnt what there is until 2023")
+    watched["outgrown"] = "growth: as if there were more"
+    decision = decide(ibis.memtable(rows), watched, REPORT, None, CONFIG, registry)[0]
+    assert not decision["retrain"]
+    assert watched["waits"] in decision["reasons"]
 
 
 def test_what_was_served_is_watched_with_the_predictions_that_were_served(registry: str) -> None:

@@ -75,6 +75,7 @@ def decide(
     config: MonitoringConfig,
     version: str | None = None,
     outgrown: str | None = None,
+    waits: str | None = None,
 ) -> Decision:
     """Weigh a window.
 
@@ -87,6 +88,7 @@ def decide(
     Args:
         outgrown: why the data ask for a retraining, if there are so many more of them than the
             champion has learnt from. That waits for the cool-down alone.
+        waits: why a retraining would be of no use yet, whatever asks for it.
         history: earlier decisions, oldest first. Those of this window are left out, so that a
             window that is weighed again gives the same.
     """
@@ -108,7 +110,9 @@ def decide(
         reasons += few + cooling
     if found.faults and (asks or outgrown is not None):
         reasons.append("waiting: a fault of the data is no training set; mend it first")
-    retrain = retrain and not found.faults
+    if waits is not None and (asks or outgrown is not None):
+        reasons.append(waits)
+    retrain = retrain and not found.faults and waits is None
     evidence = {
         "expected_loss": round(expected, 6),
         "confirmed": confirmed,

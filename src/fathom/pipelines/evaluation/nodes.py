@@ -96,11 +96,17 @@ def look_up_champion(candidate_version: str, registry: str) -> dict[str, str | N
     """Find whom the candidate challenges: the champion, or whom it has itself replaced.
 
     So a run that is repeated after a promotion compares the same two once more, and not the new
-    champion with itself.
+    champion with itself, nor with what it was before it caught up.
     """
     from fathom.registry import Registry
 
-    others = [v for v in Registry(Path(registry)).champions() if v != candidate_version]
+    versions = Registry(Path(registry))
+    others = [
+        version
+        for version in versions.champions()
+        if candidate_version
+        not in (version, versions.described(version)["provenance"].get("judged"))
+    ]
     return {"version": others[-1] if others else None}
 
 

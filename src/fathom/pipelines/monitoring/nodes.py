@@ -79,8 +79,8 @@ def score_window(
 
     Returns:
         The sampled rows with ``probability`` and the hits of crosses, none without a champion; the
-        champion's version, the window's bounds and number of rows, and why the data have outgrown
-        the champion, if they have.
+        champion's version, the window's bounds and number of rows, why the data have outgrown the
+        champion, if they have, and why a retraining would have to wait, if so.
 
     Raises:
         ValueError: what was served is asked for, and there is nothing.
@@ -116,7 +116,7 @@ def score_window(
     rows = log.filter((moment >= start) & (moment <= end))
     if window.of == "served":
         rows = rows.rename({champion.spec.entities.request: REQUEST})
-    found["outgrown"] = _outgrown(training_frame, champion, end, retraining)
+    found |= _data(training_frame, champion, end, retraining)
     names = drift.watched_columns(champion.spec)
     own = [drift.PROBABILITY] if window.of == "served" else []
     rows = rows.select(*names, *own)
@@ -126,17 +126,18 @@ def score_window(
     return pa.Table.from_pandas(scored, preserve_index=False), found
 
 
-def _outgrown(
+def _data(
     training_frame: Table, champion: Ranker, end: datetime, config: RetrainingConfig
-) -> str | None:
-    """Why what a retraining would learn from asks for one; None if it does not."""
-    from fathom.retraining import outgrown, trained_from
+) -> dict[str, str | None]:
+    """Why what a retraining would learn from asks for one, or is too little for one yet."""
+    from fathom.retraining import learnable_until, nothing_newer, outgrown, trained_from
 
+    made = champion.provenance
+    until = learnable_until(end, champion.spec, config)
     moment = training_frame[EVENT_TIMESTAMP]
-    begin = trained_from(champion.provenance)
-    until = end - timedelta(days=config.validation_days + config.test_days)
-    rows = training_frame.filter((moment >= begin) & (moment < until)).count()
-    return outgrown(rows.to_pyarrow().as_py(), champion.provenance, config)
+    learnt = training_frame.filter((moment >= trained_from(made)) & (moment < until))
+    rows = learnt.count().to_pyarrow().as_py()
+    return {"outgrown": outgrown(rows, made, config), "waits": nothing_newer(made, until)}
 
 
 def decide(
@@ -177,7 +178,8 @@ def decide(
             _delivery(validation_report, window.end),
             watched["rows"],
         )
-        decision = drift.decide(found, past, config, version, watched["outgrown"])
+        why, waits = watched["outgrown"], watched["waits"]
+        decision = drift.decide(found, past, config, version, why, waits)
         made = drift.report(reference, found, decision)
     return (
         decision.to_json(),

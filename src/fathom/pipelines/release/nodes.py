@@ -53,18 +53,18 @@ log = logging.getLogger(__name__)
 
 
 def write_card(
-    candidate: Ranker, metrics: dict[str, Any], slices: dict[str, Any], judgement: dict[str, Any]
+    released: Ranker, metrics: dict[str, Any], slices: dict[str, Any], judgement: dict[str, Any]
 ) -> str:
     """The model card, in Markdown."""
     from fathom.report import model_card
 
-    return model_card(candidate, metrics, slices, judgement)
+    return model_card(released, metrics, slices, judgement)
 
 
 def register(
-    candidate: Ranker,
+    released: Ranker,
     training_state: dict[str, Any],
-    predictions: Table,
+    candidate: Ranker,
     validation_frame: Table,
     test_frame: Table,
     metrics: dict[str, Any],
@@ -72,12 +72,16 @@ def register(
     config: ReleaseConfig,
     registry: str,
 ) -> dict[str, Any]:
-    """Add the candidate to the registry, with its golden requests and its reference.
+    """Add a ranker to the registry, with its golden requests and its reference.
 
     What its training learnt is kept beside it, for the next one to start from.
 
+    Args:
+        released: what is registered: the candidate, or what it became when it had caught up.
+        candidate: what was judged. It scores the reference, which it has not learnt from.
+
     Returns:
-        Its version, as a receipt for its files.
+        The version, as a receipt for its files.
     """
     from fathom import drift
     from fathom.checkpoint import digest
@@ -85,13 +89,13 @@ def register(
     from fathom.ranker import rows_of_frame
     from fathom.registry import Registry
 
-    spec = candidate.spec
+    spec = released.spec
     draw = np.random.default_rng(config.seed)
     golden = _sample(test_frame, config.golden_rows, draw)
     frame = frame_of(golden)
     requests = {
         "rows": rows_of_frame(frame, spec, range(len(golden))),
-        "probabilities": candidate.score(frame).tolist(),
+        "probabilities": released.score(frame).tolist(),
         "timestamp": test_frame[EVENT_TIMESTAMP].max().to_pyarrow().as_py().isoformat(),
     }
     held_out = validation_frame.union(test_frame)
@@ -103,7 +107,7 @@ def register(
     scores = candidate.score(frame_of(reference))
     versions = Registry(Path(registry))
     version = versions.register(
-        lambda folder: candidate.save(
+        lambda folder: released.save(
             folder,
             {
                 "golden.json": json.dumps(requests),
@@ -114,7 +118,7 @@ def register(
         )
     )
     learnt = Path(training_state["folder"])
-    if digest(learnt) == candidate.provenance.get("state"):
+    if digest(learnt) == released.provenance.get("state"):
         versions.keep_state(version, learnt)
     else:
         log.warning("%s is of another training: nothing can start warm from %s", learnt, version)

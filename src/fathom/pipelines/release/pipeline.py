@@ -13,14 +13,18 @@ from fathom.pipelines.release.nodes import (
 )
 
 
-def create_pipeline() -> Pipeline:
-    """Promote the candidate if the gate and the built Bento agree."""
+def create_pipeline(released: str = "candidate", state: str = "training_state") -> Pipeline:
+    """Promote the candidate if the gate and the built Bento agree.
+
+    Args:
+        released: the dataset of what is promoted for it. state: that of its training.
+    """
     return Pipeline(
         [
             Node(
                 write_card,
                 name="write_card",
-                inputs=["candidate", "metrics", "slices", "judgement"],
+                inputs=[released, "metrics", "slices", "judgement"],
                 outputs="model_card",
                 tags="release",
             ),
@@ -28,9 +32,9 @@ def create_pipeline() -> Pipeline:
                 register,
                 name="register",
                 inputs=[
+                    released,
+                    state,
                     "candidate",
-                    "training_state",
-                    "predictions",
                     "validation_frame",
                     "test_frame",
                     "metrics",

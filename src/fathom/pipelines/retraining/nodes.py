@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,9 @@ def plan_retraining(
 
     Returns:
         The split, and the ``version`` that is challenged, or None.
+
+    Raises:
+        ValueError: there is nothing to learn yet that the champion has not.
     """
     from fathom import retraining
     from fathom.drift import history
@@ -62,7 +66,14 @@ def plan_retraining(
         labelled = labelled.filter(~labelled[EVENT_TIMESTAMP].between(start, end))
     newest = retraining.utc(labelled[EVENT_TIMESTAMP].max().to_pyarrow().as_py())
     planned = retraining.newest_split(newest, spec, config, train_from, tuple(without))
-    return planned, {"version": retraining.challenged(versions, planned)}
+    challenged = retraining.challenged(versions, planned)
+    if challenged is not None:
+        why = retraining.nothing_newer(
+            versions.described(challenged)["provenance"], planned.moment("validation_from")
+        )
+        if why is not None:
+            raise ValueError(why)
+    return planned, {"version": challenged}
 
 
 def retrain_champion(
@@ -106,3 +117,49 @@ def retrain_champion(
     ranker = Ranker(best.encoder, best.trained.model, training, described, tower)
     kept = (curves(best.trained), learnt(best.trained), retrieved, done.as_dict())
     return best.encoder, ranker, ranker.version, *kept
+
+
+def catch_up(
+    candidate: Ranker,
+    training_state: dict[str, Any],
+    judgement: dict[str, Any],
+    train_frame: Table,
+    validation_frame: Table,
+    test_frame: Table,
+    split: SplitConfig,
+    training: TrainingConfig,
+    config: RetrainingConfig,
+    evaluation: EvaluationConfig,
+    retrieval: TowerConfig,
+    checkpoints: str,
+) -> tuple[Ranker, dict[str, Any]]:
+    """Let a challenger that the gate let pass learn the windows it was judged on, if asked for.
+
+    Returns:
+        What is released, and where what its training learnt is kept: of the challenger itself if
+        it was refused, is not asked to catch up, or fails to.
+    """
+    from fathom import retraining
+    from fathom.ranker import Ranker
+
+    if not (judgement["promoted"] and config.catch_up):
+        return candidate, training_state
+    spec = candidate.spec
+    recipe = retraining.Recipe(spec, training, config, evaluation)
+    judged = retraining.Base(candidate.version, candidate, Path(training_state["folder"]))
+    rows = train_frame.union(validation_frame).union(test_frame).order_by(EVENT_TIMESTAMP)
+    everything = retraining.Window(frame_of_split(rows, spec, EVENT_TIMESTAMP))
+    judged_on = retraining.Window(frame_of_split(test_frame, spec, EVENT_TIMESTAMP))
+    folder = Path(checkpoints) / "retraining" / "caught-up"
+    found = retraining.catch_up(everything, judged_on, recipe, judged, folder)
+    if found is None:
+        return candidate, training_state
+    batch = found.encoder.encode(everything.frame)
+    tower, _ = train_tower(found.encoder, batch, found.validation_batch, retrieval)
+    until = split.moment("test_from") + timedelta(days=config.test_days)
+    challenged = candidate.provenance["from"]
+    described = retraining.provenance(
+        found, training, split, challenged, (candidate.version, until)
+    )
+    ranker = Ranker(found.encoder, found.trained.model, training, described, tower)
+    return ranker, learnt(found.trained)

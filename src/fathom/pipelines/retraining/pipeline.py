@@ -1,18 +1,18 @@
-"""Newest exposures → challenger, warm from the champion or fresh → gate → champion."""
+"""Newest exposures → challenger, warm or fresh → gate → caught up → champion."""
 
 from kedro.pipeline import Node, Pipeline
 
 from fathom.pipelines import evaluation, release, training
-from fathom.pipelines.retraining.nodes import plan_retraining, retrain_champion
+from fathom.pipelines.retraining.nodes import catch_up, plan_retraining, retrain_champion
 
 #: What of the training pipeline holds for any candidate.
 _SHARED = ("split_frame", "encode_validation", "encode_test", "plot_training")
 
 
 def create_pipeline() -> Pipeline:
-    """Plan the windows, train, evaluate, release; no part of ``kedro run``, whose split is conf's.
+    """Plan the windows, train, evaluate, catch up, release; no part of ``kedro run``.
 
-    But for the first two nodes these are those of the other pipelines, on another split.
+    But for those of this module, the nodes are those of the other pipelines, on another split.
     """
     trained = training.create_pipeline(split="retraining_split").only_nodes(*_SHARED)
     begun = Pipeline(
@@ -62,4 +62,29 @@ def create_pipeline() -> Pipeline:
             ),
         ]
     )
-    return begun + trained + evaluation.create_pipeline() + release.create_pipeline()
+    caught_up = Pipeline(
+        [
+            Node(
+                catch_up,
+                name="catch_up",
+                inputs=[
+                    "candidate",
+                    "training_state",
+                    "judgement",
+                    "train_frame",
+                    "validation_frame",
+                    "test_frame",
+                    "retraining_split",
+                    "params:training",
+                    "params:retraining",
+                    "params:evaluation",
+                    "params:retrieval",
+                    "params:checkpoints",
+                ],
+                outputs=["caught_up", "caught_up_state"],
+                tags="retraining",
+            )
+        ]
+    )
+    judged = evaluation.create_pipeline() + caught_up
+    return begun + trained + judged + release.create_pipeline("caught_up", "caught_up_state")
