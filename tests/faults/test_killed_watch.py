@@ -28,7 +28,7 @@ FORKED = str(Path(forks.__file__).with_name("forked_watch.py"))
 WEEK = "2026-W09"
 
 #: Within the step `retrain`, what its process says when it begins.
-WITHIN_RETRAIN = ["retrain_champion", "package"]
+WITHIN_RETRAIN = ["retrain_champion", "catch_up", "package"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,10 @@ def test_killed_at_every_step_it_goes_on_and_nothing_is_doubled(watched: Watched
     assert watched.registry.champions() == [first, champion]
     assert watched.registry.versions() == sorted([first, champion])
     verify(watched.registry.path(champion))
+    made = watched.registry.described(champion)["provenance"]
+    assert made["trained_until"][:10] == "2026-03-02"  # with what it was validated and judged on
+    assert made["validated_from"][:10] == "2026-02-26"
+    assert watched.data.joinpath("06_models/candidate_version.txt").read_text() == made["judged"]
 
 
 def test_a_second_watch_leaves_at_once_and_a_third_finds_nothing_to_do(watched: Watched):
