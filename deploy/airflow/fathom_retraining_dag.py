@@ -99,6 +99,7 @@ def fathom_retraining():
     tasks["score_splits"] >> tasks["evaluate"]
     tasks["split_frame"] >> tasks["evaluate"]
     tasks["evaluate"] >> tasks["judge"]
+    tasks["look_up_champion"] >> tasks["judge"]
     tasks["retrain_champion"] >> tasks["judge"]
     tasks["score_champion"] >> tasks["judge"]
     tasks["score_splits"] >> tasks["judge"]

@@ -37,13 +37,15 @@ def test_a_candidate_challenges_the_champion_or_whom_it_has_replaced(
     tmp_path, champions, candidate, challenged
 ):
     in_charge(tmp_path, champions)
-    assert look_up_champion(candidate, str(tmp_path)) == {"version": challenged}
+    found = look_up_champion(candidate, str(tmp_path))
+    assert found == {"version": challenged, "trained_until": challenged and "2024-01-01"}
 
 
 def in_charge(folder: Path, champions: list[str], **judged: str) -> None:
     """A registry with a stack of champions; ``judged`` tells of some what they were before."""
     for name in set(champions):
-        described = {"provenance": {"judged": judged.get(name)}}
+        made = {"judged": judged.get(name), "trained_until": "2024-01-01"}
+        described = {"provenance": made}
         (folder / "versions" / name).mkdir(parents=True)
         files.write_json(folder / "versions" / name / "ranker.json", described)
     if champions:
@@ -52,8 +54,8 @@ def in_charge(folder: Path, champions: list[str], **judged: str) -> None:
 
 def test_nor_does_it_challenge_what_it_has_become_when_it_caught_up(tmp_path: Path) -> None:
     in_charge(tmp_path, ["v1", "v3"], v3="v2")
-    assert look_up_champion("v2", str(tmp_path)) == {"version": "v1"}
-    assert look_up_champion("v4", str(tmp_path)) == {"version": "v3"}
+    assert look_up_champion("v2", str(tmp_path))["version"] == "v1"
+    assert look_up_champion("v4", str(tmp_path))["version"] == "v3"
 
 
 # --- a challenger that returns nonsense --------------------------------------------------------
@@ -93,11 +95,14 @@ def tables(probability: np.ndarray) -> dict[str, Table]:
     return {name: ibis.memtable(part) for name, part in parts.items()}
 
 
-def judged(given: dict[str, Table], metrics: dict[str, Any]) -> dict[str, Any]:
+def judged(
+    given: dict[str, Table], metrics: dict[str, Any], until: str = "2024-01-01"
+) -> dict[str, Any]:
     given = {name: table for name, table in given.items() if name != "baseline_predictions"}
     candidate = cast("Any", SimpleNamespace(version="v2"))
-    gate = GateConfig(baselines=("constant",))
-    return judge(candidate, metrics=metrics, spec=SPEC, config=gate, evaluation=RESAMPLING, **given)
+    champion = {"version": "v1", "trained_until": until}
+    conf = {"spec": SPEC, "config": GateConfig(baselines=("constant",)), "evaluation": RESAMPLING}
+    return judge(candidate, champion=champion, metrics=metrics, **conf, **given)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
@@ -127,3 +132,15 @@ def test_the_verdict_names_both_sides_and_the_window():
     }
     assert {found["part"] for found in verdict["compared"]} >= {None}
     assert json.loads(json.dumps(verdict, allow_nan=False)) == verdict
+
+
+def test_a_champion_that_has_learnt_from_the_test_window_is_not_compared_on_it():
+    given = tables(np.linspace(0.1, 0.9, 60))
+    metrics, _, _ = evaluate(spec=SPEC, config=RESAMPLING, **given)
+    verdict = judged(given, metrics, until="2024-01-02")
+    assert not verdict["promoted"]
+    assert verdict["reasons"][0] == (
+        "fail: champion v1 has learnt until 2024-01-02, and the test window begins at "
+        "2024-01-01T00:00:00+00:00: what it has learnt is no test; run kedro run --pipelines "
+        "retraining, or move params:split"
+    )

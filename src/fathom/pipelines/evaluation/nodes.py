@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fathom.baselines import BaselinesConfig
+from fathom.config import moment_of
 from fathom.evaluation import EvaluationConfig
 from fathom.gate import GateConfig
 from fathom.spec import EVENT_TIMESTAMP, INCLUSION_PROBABILITY, FeatureSpec
@@ -97,17 +98,18 @@ def look_up_champion(candidate_version: str, registry: str) -> dict[str, str | N
 
     So a run that is repeated after a promotion compares the same two once more, and not the new
     champion with itself, nor with what it was before it caught up.
+
+    Returns:
+        The ``version``, and until when it has learnt (``trained_until``), or None.
     """
     from fathom.registry import Registry
 
     versions = Registry(Path(registry))
-    others = [
-        version
-        for version in versions.champions()
-        if candidate_version
-        not in (version, versions.described(version)["provenance"].get("judged"))
-    ]
-    return {"version": others[-1] if others else None}
+    for version in reversed(versions.champions()):
+        made = versions.described(version)["provenance"]
+        if candidate_version not in (version, made.get("judged")):
+            return {"version": version, "trained_until": made.get("trained_until")}
+    return {"version": None, "trained_until": None}
 
 
 def score_champion(
@@ -183,6 +185,7 @@ def evaluate(
 def judge(
     candidate: Ranker,
     predictions: Table,
+    champion: dict[str, str | None],
     champion_predictions: Table,
     metrics: dict[str, Any],
     train_frame: Table,
@@ -193,19 +196,22 @@ def judge(
 ) -> dict[str, Any]:
     """Let the gate decide whether the candidate may become the champion.
 
+    A champion that has learnt from the test window cannot be compared on it, nor replaced.
+
     Returns:
         `fathom.gate.Verdict`, and who challenged whom (``challenger``, ``champion``) on which
         ``window`` (``from``, ``to``, ``rows``, ``users``).
     """
     from fathom.gate import Candidate, gate
+    from fathom.retraining import utc
 
     window, scores = _test_window(predictions, spec)
     champions = [Candidate(*side) for side in _champion(champion_predictions).items()]
-    champion = champions[0] if champions else None
+    rival = champions[0] if champions else None
     verdict = gate(
         window,
         Candidate(candidate.version, scores),
-        champion,
+        rival,
         {name: values for name, values in metrics.items() if name in config.baselines},
         slice_masks(train_frame, test_frame, spec),
         config,
@@ -213,10 +219,18 @@ def judge(
     )
     moment = test_frame[EVENT_TIMESTAMP]
     ends = test_frame.agg(first=moment.min(), last=moment.max()).to_pyarrow().to_pylist()[0]
+    learnt = champion["trained_until"]
+    if rival and learnt and moment_of(learnt) > utc(ends["first"]):
+        why = (
+            f"fail: champion {rival.version} has learnt until {learnt}, and the test window begins "
+            f"at {ends['first'].isoformat()}: what it has learnt is no test; run kedro run "
+            "--pipelines retraining, or move params:split"
+        )
+        verdict = dataclasses.replace(verdict, promoted=False, reasons=[why, *verdict.reasons])
     return {
         **dataclasses.asdict(verdict),
         "challenger": candidate.version,
-        "champion": champion.version if champion else None,
+        "champion": rival.version if rival else None,
         "window": {
             "from": ends["first"].isoformat(),
             "to": ends["last"].isoformat(),

@@ -85,6 +85,7 @@ def create_pipeline() -> Pipeline:
                 inputs=[
                     "candidate",
                     "predictions",
+                    "champion",
                     "champion_predictions",
                     "metrics",
                     "train_frame",
