@@ -289,8 +289,35 @@ def test_the_page_asks_nothing_of_a_network_and_the_table_says_the_sums(figures:
         assert f"<b>{name}</b>" in page
     lines = replay_report.table(figures).splitlines()
     assert lines[0].split()[:2] == ["policy", "logloss"]
-    assert [line.split()[0] for line in lines[1:]] == list(figures["policies"])
+    assert [line.split()[0] for line in lines[1:-1]] == list(figures["policies"])
     assert "100%" in lines[2]
+    assert lines[-1] in page
+
+
+@pytest.mark.parametrize(
+    ("difference", "examples", "said"),
+    [
+        (-0.002, 50, "-1.00% of the logloss from weekly (-2.00% to +0.00%), at 50% of its compute"),
+        (0.002, 10, "+1.00% of the logloss from weekly (+0.00% to +2.00%), at 10% of its compute"),
+        (-0.002, 51, "-1.00% of the logloss from weekly (-2.00% to +0.00%), at 51% of its compute"),
+    ],
+)
+def test_the_report_says_what_the_policy_costs(difference: float, examples: int, said: str) -> None:
+    found = {"difference": difference, "lo": difference - 0.002, "hi": difference + 0.002}
+    fathom = {
+        "logloss": 0.2 + difference,
+        "examples": examples,
+        "against_weekly": {"logloss": found},
+    }
+    weekly = {"logloss": 0.2, "examples": 100, "against_weekly": {}}
+    figures = {"loss": "logloss", "totals": {"weekly": weekly, "fathom": fathom}}
+    (line,) = replay_report.worth(figures)
+    holds = difference <= 0 and examples <= 50
+    assert line == (
+        f"fathom ends {said}: it is {'' if holds else 'not '}as good as that at half the compute "
+        "or less"
+    )
+    assert replay_report.worth({"loss": "logloss", "totals": {"weekly": weekly}}) == []
 
 
 def test_a_policy_by_itself_needs_no_yardstick(tmp_path: Path) -> None:

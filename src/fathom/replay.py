@@ -59,6 +59,8 @@ WEEK = timedelta(days=7)
 REFERENCE = 4 * WEEK
 #: Whom the others are compared with.
 YARDSTICK = "weekly"
+#: What ``kedro watch`` does.
+OURS = "fathom"
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from fathom.replay import YARDSTICK
+from fathom.replay import OURS, YARDSTICK
 
 Figures = Mapping[str, Any]
 Row = tuple[str, ...]
@@ -28,14 +28,31 @@ thead th { border-top: 0; color: var(--soft); }
 
 
 def table(figures: Figures) -> str:
-    """What each policy won and cost, a line each."""
+    """What each policy won and cost, a line each, then what Fathom's is worth."""
     head, rows = _totals(figures)
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     )
-    return "\n".join(lines)
+    return "\n".join((*lines, *worth(figures)))
+
+
+def worth(figures: Figures) -> list[str]:
+    """What Fathom's policy costs and saves, in a sentence; none without `YARDSTICK`."""
+    loss, totals = figures["loss"], figures["totals"]
+    ours, theirs = totals.get(OURS), totals.get(YARDSTICK)
+    found = ours and ours[f"against_{YARDSTICK}"].get(loss)
+    if not found or not theirs["examples"]:
+        return []
+    compute = ours["examples"] / theirs["examples"]
+    share = found["difference"] / theirs[loss]
+    sides = f"{found['lo'] / theirs[loss]:+.2%} to {found['hi'] / theirs[loss]:+.2%}"
+    holds = found["difference"] <= 0 and compute <= 0.5
+    return [
+        f"{OURS} ends {share:+.2%} of the {loss} from {YARDSTICK} ({sides}), at {compute:.0%} of "
+        f"its compute: it is {'' if holds else 'not '}as good as that at half the compute or less"
+    ]
 
 
 def page(figures: Figures) -> str:
@@ -50,6 +67,7 @@ def page(figures: Figures) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Replay</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>The year's replay</h1><ul>{said}</ul>{_table(*_totals(figures))}"
+        f"<p>{escape(' '.join(worth(figures)))}</p>"
         f"{plot(figures).to_html(settings, False, True, full_html=False)}"
         f"<h2>Week by week</h2>{_table(*_weeks(figures))}"
         f'<p class="soft">{escape(_stands_on(figures))}</p></main></body></html>\n'
