@@ -113,7 +113,7 @@ POLICIES = {
     "weekly": Policy("fresh every week, deployed unseen", 1),
     "fixed": Policy("fresh every few weeks, deployed unseen", 4),
     "fathom": Policy(
-        "drift and growth decide, warm start with a fresh one as fallback, gate",
+        "drift and growth decide, warm or else fresh, gate, catching up",
         1,
         "warm",
         watched=True,
