@@ -151,6 +151,8 @@ def test_killed_at_every_step_it_goes_on_and_nothing_is_doubled(watched: Watched
     assert made["trained_until"][:10] == "2026-03-02"  # with what it was validated and judged on
     assert made["validated_from"][:10] == "2026-02-26"
     assert watched.data.joinpath("06_models/candidate_version.txt").read_text() == made["judged"]
+    done = watched.registry.history()[-1]
+    assert done["reason"].startswith(f"caught up from {made['judged']}, which was judged; pass: ")
 
 
 def test_a_second_watch_leaves_at_once_and_a_third_finds_nothing_to_do(watched: Watched):

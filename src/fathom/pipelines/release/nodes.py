@@ -217,8 +217,10 @@ def promote(
     from fathom.registry import Registry
 
     versions = Registry(Path(registry))
+    version, judged = registered["version"], verdict["challenger"]
     if verdict["promoted"]:
-        versions.promote(registered["version"], "; ".join(verdict["reasons"]))
+        why = [] if version == judged else [f"caught up from {judged}, which was judged"]
+        versions.promote(version, "; ".join([*why, *verdict["reasons"]]))
     return {
         "version": registered["version"],
         "promoted": verdict["promoted"],
