@@ -225,6 +225,11 @@ class Batch:
         return {name: part for name, part in parts.items() if part is not None}
 
 
+def held_back(draw: NDArray[np.float32], share: float) -> NDArray[np.bool_]:
+    """(N,) which examples, by `Batch.draw`, are learnt in a cool-down of that share."""
+    return draw < np.float32(share)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The sizes a model needs to know of the encoder that feeds it.

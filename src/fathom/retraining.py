@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import fathom
 from fathom.artifact import ArtifactError
-from fathom.batch import Batch, Ragged
+from fathom.batch import Batch, Ragged, held_back
 from fathom.config import OF_THE_MACHINE, SplitConfig, TrainingConfig, moment_of
 from fathom.encoding import Encoder, Frame, draws, fit_encoder, outcome
 from fathom.evaluation import LOSS, EvaluationConfig, Interval, Predictions, paired_interval
@@ -244,7 +244,8 @@ def challenged(registry: Registry, split: SplitConfig) -> str | None:
     if version is None:
         return None
     provenance = registry.described(version)["provenance"]
-    if moment_of(provenance.get("validated_from", "0001-01-01")) == split.moment("validation_from"):
+    validated_from = provenance.get("validated_from", provenance["trained_until"])
+    if moment_of(validated_from) == split.moment("validation_from"):
         started: str | None = provenance.get("from")
         return started
     return version
@@ -344,18 +345,14 @@ def retrain(
 
     if base is None:
         return only(fresh(), reason)
-    until = np.datetime64(trained_until(base.ranker.provenance).replace(tzinfo=None), "us")
-    rows = warm_rows(training_window, until, recipe)
-    if not (training_window.moments >= until).any():
+    if not (training_window.moments >= _learnt_until(base)).any():
         return only(fresh(), f"there is nothing newer than what {base.version} was trained on")
     growth = grown(len(training_window.moments), base.ranker.provenance)
     if growth >= recipe.retraining.fresh_growth:
         return only(fresh(), f"{growth:.2f} times the rows of the last fresh start are there")
     warm, trouble = None, ""
     try:
-        warm = _warm(
-            training_window, validation_window, rows, recipe, base, folder / "warm", report
-        )
+        warm = _warm(training_window, validation_window, recipe, base, folder / "warm", report)
         trouble = _trouble(warm, recipe)
     except TrainingError as error:
         trouble = f"it ends with: {error}"
@@ -389,10 +386,8 @@ def catch_up(
     """
     from fathom.training import TrainingError
 
-    until = np.datetime64(trained_until(judged.ranker.provenance).replace(tzinfo=None), "us")
-    rows = warm_rows(everything, until, recipe)
     try:
-        found = _warm(everything, judged_on, rows, recipe, judged, folder, report)
+        found = _warm(everything, judged_on, recipe, judged, folder, report)
     except TrainingError as error:
         log.warning(
             "%s is released as it was judged: catching up ends with: %s", judged.version, error
@@ -460,18 +455,23 @@ def _against(base: Base, warm: Attempt, window: Window, recipe: Recipe) -> Attem
     return replace(warm, against=found)
 
 
+def _learnt_until(base: Base) -> np.datetime64:
+    """As `Window.moments` are, in UTC."""
+    until = trained_until(base.ranker.provenance).astimezone(timezone.utc)
+    return np.datetime64(until.replace(tzinfo=None), "us")
+
+
 def warm_rows(window: Window, until: np.datetime64, recipe: Recipe) -> NDArray[np.int64]:
     """What a warm start learns, as rows: all since ``until``, and those of the cool-down."""
     draw = draws(window.frame, recipe.spec)
     assert draw is not None
-    late = draw < np.float32(recipe.training.cool_down)
+    late = held_back(draw, recipe.training.cool_down)
     return np.flatnonzero(late | (window.moments >= until))
 
 
 def _warm(
     training_window: Window,
     validation_window: Window,
-    rows: NDArray[np.int64],
     recipe: Recipe,
     base: Base,
     folder: Path,
@@ -482,6 +482,7 @@ def _warm(
     known = base.ranker.encoder
     encoder = fit_encoder(training_window.frame, recipe.spec, scalers_of=known)
     start = WarmStart(base.state, known.layout, base.ranker.config, encoder.rows_of(known))
+    rows = warm_rows(training_window, _learnt_until(base), recipe)
     batches = _encoded(encoder, take(training_window.frame, rows), validation_window.frame)
     known_rows = (len(training_window.moments), _fresh_rows(base.ranker.provenance))
     warm = attempt("warm", encoder, batches, recipe.training, folder, report, start, known_rows)

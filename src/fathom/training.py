@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom import checkpoint
-from fathom.batch import Batch, BatchError, Layout
+from fathom.batch import Batch, BatchError, Layout, held_back
 from fathom.checkpoint import CheckpointError
 from fathom.config import OF_THE_MACHINE, ConfigError, Task, TrainingConfig
 from fathom.feed import Examples, Feed, weights
@@ -148,7 +148,7 @@ def _late(training: Batch, config: TrainingConfig) -> NDArray[np.bool_]:
     draw = training.draw
     if draw is None:  # examples without keys: by their places
         draw = np.random.default_rng(config.seed).random(len(training), np.float32)
-    late = draw < np.float32(config.cool_down)
+    late = held_back(draw, config.cool_down)
     if late.all() or not late.any():
         raise TrainingError(
             f"training.cool_down is {config.cool_down}, which is {int(late.sum())} of "
@@ -280,7 +280,7 @@ class Run:
         started = reported = saved = time.perf_counter()
         first = self._batch
         for examples in self._feed.epoch(self._epoch, first):
-            step = (self._epoch - self._first) * batches + self._batch
+            step = self._step - self._steps  # of this part alone
             size = min(config.batch_size, self._rows - self._batch * config.batch_size)
             if config.dropout:
                 self._draw()

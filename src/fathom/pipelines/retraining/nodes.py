@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fathom.config import SplitConfig, TrainingConfig
 from fathom.evaluation import EvaluationConfig
 from fathom.pipelines.training.nodes import curves, frame_of_split, learnt, train_tower
-from fathom.retraining import RetrainingConfig
+from fathom.retraining import Attempt, RetrainingConfig, Window
 from fathom.spec import EVENT_TIMESTAMP, FeatureSpec
 from fathom.tower import TowerConfig
 from fathom.tracking import TrackingConfig
@@ -99,7 +99,6 @@ def retrain_champion(
         is kept, what its tower retrieves, and how it was trained.
     """
     from fathom import retraining
-    from fathom.ranker import Ranker
     from fathom.registry import Registry
     from fathom.tracking import reporting
 
@@ -111,10 +110,8 @@ def retrain_champion(
         folder = Path(checkpoints) / "retraining"
         done = retraining.retrain(learnt_from, validation, recipe, found, reason, folder, report)
     best = done.chosen
-    everything = best.encoder.encode(learnt_from.frame)
-    tower, retrieved = train_tower(best.encoder, everything, best.validation_batch, retrieval)
     described = retraining.provenance(best, training, split, base["version"])
-    ranker = Ranker(best.encoder, best.trained.model, training, described, tower)
+    ranker, retrieved = _with_tower(best, learnt_from, training, retrieval, described)
     kept = (curves(best.trained), learnt(best.trained), retrieved, done.as_dict())
     return best.encoder, ranker, ranker.version, *kept
 
@@ -140,7 +137,6 @@ def catch_up(
         it was refused, is not asked to catch up, or fails to.
     """
     from fathom import retraining
-    from fathom.ranker import Ranker
 
     if not (judgement["promoted"] and config.catch_up):
         return candidate, training_state
@@ -154,12 +150,25 @@ def catch_up(
     found = retraining.catch_up(everything, judged_on, recipe, judged, folder)
     if found is None:
         return candidate, training_state
-    batch = found.encoder.encode(everything.frame)
-    tower, _ = train_tower(found.encoder, batch, found.validation_batch, retrieval)
     until = split.moment("test_from") + timedelta(days=config.test_days)
     challenged = candidate.provenance["from"]
     described = retraining.provenance(
         found, training, split, challenged, (candidate.version, until)
     )
-    ranker = Ranker(found.encoder, found.trained.model, training, described, tower)
+    ranker, _ = _with_tower(found, everything, training, retrieval, described)
     return ranker, learnt(found.trained)
+
+
+def _with_tower(
+    of: Attempt,
+    window: Window,
+    training: TrainingConfig,
+    retrieval: TowerConfig,
+    described: dict[str, Any],
+) -> tuple[Ranker, dict[str, Any]]:
+    """What a training ended with, with a tower of its whole window, and what that retrieves."""
+    from fathom.ranker import Ranker
+
+    batch = of.encoder.encode(window.frame)
+    tower, retrieved = train_tower(of.encoder, batch, of.validation_batch, retrieval)
+    return Ranker(of.encoder, of.trained.model, training, described, tower), retrieved
